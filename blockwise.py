@@ -1,6 +1,7 @@
-"""Blockwise self-supervised learning: the encoder in K blocks, a local decoder and an AdamW for each, and the regimes.
+"""Blockwise self-supervised learning: an encoder in K blocks, a local decoder and an AdamW for each block.
 
-Römer & Dickscheid, arXiv 2601.09040, Sec. 3.1. The method is train_step() below; REGIMES says how its variants differ.
+Römer & Dickscheid, arXiv 2601.09040, Sec. 3.1. The method is train_step(); REGIMES says how its variants
+differ.
 
     model = Blockwise(blocks=4, regime="simultaneous")          # ViT-Tiny, the paper's default
     optimizers = make_optimizers(model, lr=1e-4)
@@ -11,9 +12,9 @@ Römer & Dickscheid, arXiv 2601.09040, Sec. 3.1. The method is train_step() belo
 Shapes as in model.py: B batch, N tokens, V visible, M masked, P values in one tubelet, D width, K blocks.
 """
 
-import contextlib
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,143 +22,65 @@ from torch import nn
 
 from model import Decoder, Layer, TubeletEmbedding, normalized_targets, patchify, take
 
-# regime: (does the gradient stop at every block boundary?, does every block have a decoder?, is one block trained at a time?)
+
+class Regime(NamedTuple):
+    """What makes a training regime (Sec. 3.1)."""
+
+    stop_gradient: bool  # at every block boundary: no block learns from another block's loss
+    local_decoders: bool  # a decoder and a loss for every block, not only for block K
+    staged: bool  # one block at a time, on top of frozen ones: K passes over the data
+
+
 REGIMES = {
-    "simultaneous": (True, True, False),  # one forward pass, K local losses, each block from its own loss only
-    "sequential": (True, True, True),  # stage k trains block k on top of frozen blocks 1..k-1: K passes over the data
-    "e2e": (False, False, False),  # the baseline: one loss at block K reaches everything
-    "deep-supervision": (False, True, False),  # ours, the control the paper lacks: K losses, but no stop-gradient
+    # One forward pass, K local losses, each block learns from its own only.
+    "simultaneous": Regime(stop_gradient=True, local_decoders=True, staged=False),
+    # Stage k trains block k on top of the frozen blocks 1..k-1.
+    "sequential": Regime(stop_gradient=True, local_decoders=True, staged=True),
+    # End-to-end backpropagation, the baseline: one loss at block K trains everything.
+    "e2e": Regime(stop_gradient=False, local_decoders=False, staged=False),
+    # Ours, the control that the paper lacks: K losses as in simultaneous, but gradients cross the boundaries.
+    "deep-supervision": Regime(stop_gradient=False, local_decoders=True, staged=False),
 }
 
 
-class Block(nn.Module):
-    """Block k of the encoder: f_k in h_k = f_k(sg(h_{k-1})) (Sec. 3.1).
+def train_step(model, optimizers, video, visible, masked, *, dtype=None, clip=None, share=1.0, complete=True):
+    """One training step of any regime (Sec. 3.1): detach, block, local loss, backward, that block's optimizer
+    step.
 
-    Block 1 owns the tubelet embedding, block K the output LayerNorm; there is no LayerNorm at inner boundaries.
-    """
+    model.groups holds the blocks between which gradients flow: each block by itself if the regime stops the
+    gradient, else all of them together. At most one group's graph is alive at any time.
 
-    def __init__(self, layers, *, embedding=None, norm=None):
-        super().__init__()
-        self.embedding, self.layers, self.norm = embedding, nn.ModuleList(layers), norm
-
-    def forward(self, h, index):
-        """h: (B, V, D) tokens of the block before, or (B, V, P) pixels for block 1; index: (B, V). Returns (B, V, D)."""
-        if self.embedding is not None:
-            h = self.embedding(h, index)  # (B, V, D)
-        for layer in self.layers:
-            h = layer(h)
-        return h if self.norm is None else self.norm(h)
-
-
-class Blockwise(nn.Module):
-    """A video ViT in K blocks, with the decoders that its regime needs. The defaults are the paper's ViT-Tiny, K = 4.
-
-    blocks: K, which must divide depth. regime: a key of REGIMES. video: (T, H, W) of a clip; tubelet: the size of one
-    token in the same order; depth: encoder layers in all. The other arguments are transformer widths, layers and heads.
-    `blocks` and `decoders` are keyed "block1".."blockK"; `groups` are the runs of blocks inside which gradients flow.
-    Raises ValueError where sizes do not divide.
-    """
-
-    def __init__(
-        self,
-        *,
-        blocks=4,
-        regime="simultaneous",
-        video=(16, 128, 128),
-        tubelet=(8, 16, 16),
-        width=192,
-        depth=12,
-        heads=3,
-        decoder_width=192,
-        decoder_depth=4,
-        decoder_heads=3,
-    ):
-        super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}  # all builtins: for save()
-        check_sizes(self.config)
-        self.video, self.tubelet = tuple(video), tuple(tubelet)
-        self.grid = tuple(size // part for size, part in zip(video, tubelet))
-        tokens, values = torch.Size(self.grid).numel(), torch.Size(tubelet).numel() * 3
-
-        # The layers are made before the decoders, so that one seed gives one encoder at every K and in every regime.
-        embedding = TubeletEmbedding(tokens=tokens, values=values, width=width)
-        layers = [Layer(width=width, heads=heads) for _ in range(depth)]
-        norm = nn.LayerNorm(width, eps=1e-6)
-        names = [f"block{k}" for k in range(1, blocks + 1)]
-        self.blocks = nn.ModuleDict()
-        for k, name in enumerate(names):
-            self.blocks[name] = Block(
-                layers[k * depth // blocks : (k + 1) * depth // blocks],
-                embedding=embedding if k == 0 else None,
-                norm=norm if k == blocks - 1 else None,
-            )
-
-        isolated, decoder_everywhere, _ = REGIMES[regime]
-        self.groups = [[name] for name in names] if isolated else [names]
-        decoder = dict(width=decoder_width, depth=decoder_depth, heads=decoder_heads)
-        self.decoders = nn.ModuleDict()
-        for name in names if decoder_everywhere else names[-1:]:
-            self.decoders[name] = Decoder(tokens=tokens, values=values, encoder_width=width, **decoder)
-
-    @property
-    def stages(self):
-        """How many times the training goes through the data: K in the sequential regime, once in the others."""
-        return len(self.groups) if REGIMES[self.config["regime"]][2] else 1
-
-    def encode(self, video):
-        """Representation after every block, nothing masked (Sec. 4): {"block1": (B, N, D), ..., "blockK": ...}.
-
-        video: (B, T, H, W, C) uint8, or float in 0..1.
-        """
-        h = patchify(video, self.tubelet)  # (B, N, P)
-        everything = torch.arange(h.shape[1], device=h.device).expand(len(h), -1)  # (B, N)
-        tokens = {}
-        for name, block in self.blocks.items():
-            h = tokens[name] = block(h, everything)  # (B, N, D)
-        return tokens
-
-    def reconstruct(self, video, visible, masked):
-        """Every decoder's prediction of the normalised masked tubelets: {"block1": (B, M, P), ...}."""
-        h, predictions = take(patchify(video, self.tubelet), visible), {}  # (B, V, P)
-        for name, block in self.blocks.items():
-            h = block(h, visible)  # (B, V, D)
-            if name in self.decoders:
-                predictions[name] = self.decoders[name](h, visible, masked)
-        return predictions
-
-
-def train_step(model, optimizers, video, visible, masked, *, dtype=None, clip=None, share=1.0, update=True):
-    """One training step of any regime (Sec. 3.1). At most one group of blocks has a graph alive at any time.
-
-    optimizers: one per group of model.groups, from make_optimizers(). None: that group is frozen, it runs without a graph;
-    the list ends where the forward pass may end.
-    video: (B, T, H, W, C) uint8; visible (B, V), masked (B, M): indices from tube_mask(), shared by all blocks.
-    dtype: torch.bfloat16 for autocast. clip: largest gradient norm, of each group by itself.
-    share, update: for gradient accumulation: this part's share of the batch, and whether the batch is now complete.
-    Returns (losses, norms): each {block name: 0-d tensor}, of the trained blocks that have a decoder, and of all trained.
+    optimizers: one per group, from make_optimizers(). None: that group is frozen and runs without a graph.
+    The forward pass ends where the list ends: a stage of the sequential regime does not run the blocks after
+    its own.
+    video: (B, T, H, W, C) uint8. visible (B, V), masked (B, M): indices from tube_mask(), shared by all
+    blocks.
+    dtype: torch.bfloat16 for autocast. clip: largest gradient norm, of each group by itself; None: no
+    clipping.
+    share, complete: for gradient accumulation: this part's share of the batch, and whether it is the last
+    part.
+    Returns (losses, norms), each {block name: 0-d tensor}: L_k of every block that trains with a decoder, and
+    the gradient norm of every block that trains, decoder included.
     """
     patches = patchify(video, model.tubelet)  # (B, N, P)
     target = normalized_targets(take(patches, masked))[0]  # (B, M, P)
-    h = take(patches, visible)  # (B, V, P)
-    autocast = torch.autocast(video.device.type, dtype) if dtype else contextlib.nullcontext()
-    losses, norms = {}, {}
+    h, losses, norms = take(patches, visible), {}, {}  # (B, V, P)
     for group, optimizer in zip(model.groups, optimizers):
         trained = optimizer is not None
         h = h.detach()  # stop-gradient: h_k = f_k(sg(h_{k-1}))
-        with torch.set_grad_enabled(trained), autocast:
-            for name in group:
-                h = model.blocks[name](h, visible)  # (B, V, D)
-                if trained and name in model.decoders:
-                    prediction = model.decoders[name](h, visible, masked)  # (B, M, P)
-                    losses[name] = F.mse_loss(prediction.float(), target)  # L_k: over masked tokens only
+        with torch.set_grad_enabled(trained), torch.autocast(h.device.type, dtype, enabled=dtype is not None):
+            h, local = model.forward_group(group, h, visible, masked, target if trained else None)
         if trained:
-            (share * sum(losses[name] for name in group if name in losses)).backward()  # at once: frees this graph
-            if update:
-                norms |= update_group(model, group, optimizer, clip)
-    return {name: loss.detach() for name, loss in losses.items()}, norms
+            (
+                share * sum(local.values())
+            ).backward()  # at once: frees this group's graph before the next is built
+            losses |= {name: loss.detach() for name, loss in local.items()}
+            if complete:
+                norms |= update(model, group, optimizer, clip)  # the optimizer step of this group alone
+    return losses, norms
 
 
-def update_group(model, group, optimizer, clip=None):
+def update(model, group, optimizer, clip=None):
     """The optimizer step of one group of blocks, after its backward. Returns {block name: gradient norm}."""
     norms = {}
     for name in group:
@@ -179,17 +102,16 @@ def trainable(model, name):
 
 
 def make_optimizers(model, *, stage=0, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05):
-    """A fresh AdamW (Sec. 3.4) for every group of blocks that is trained; None for the frozen ones.
+    """A fresh AdamW (Sec. 3.4) for every group of blocks that trains, as train_step() wants them.
 
-    stage: 0-based, only for the sequential regime: blocks before it are frozen, blocks after it are not reached.
-    Paper does not say: betas, and that biases, norms and mask tokens have no weight decay; both are VideoMAE's.
+    stage: 0-based, for the sequential regime only: the blocks before it are frozen, those after it are not
+    reached.
     """
-    optimizers = []
-    one_at_a_time = REGIMES[model.config["regime"]][2]
-    for g, group in enumerate(model.groups[: stage + 1] if one_at_a_time else model.groups):
-        if one_at_a_time and g < stage:
-            optimizers.append(None)
-            continue
+    # Paper does not say: betas, and that biases, norms and mask tokens have no weight decay. Both are
+    # VideoMAE's.
+    staged = REGIMES[model.config["regime"]].staged
+    optimizers = [None] * stage if staged else []
+    for group in model.groups[stage : stage + 1] if staged else model.groups:
         parameters = [p for name in group for p in trainable(model, name)]
         optimizers.append(
             torch.optim.AdamW(
@@ -205,5 +127,182 @@ def make_optimizers(model, *, stage=0, lr=1e-4, betas=(0.9, 0.95), weight_decay=
     return optimizers
 
 
+class Block(nn.Module):
+    """Block k of the encoder: f_k in h_k = f_k(sg(h_{k-1})) (Sec. 3.1).
+
+    Block 1 owns the tubelet embedding, block K the output LayerNorm; inner boundaries have no LayerNorm.
+    """
+
+    def __init__(self, layers, *, embedding=None, norm=None):
+        super().__init__()
+        self.embedding, self.layers, self.norm = embedding, nn.ModuleList(layers), norm
+
+    def forward(self, h, index):
+        """h: (B, V, D) tokens of the block before, for block 1 (B, V, P) pixels; index: (B, V), their
+        places.
+        """
+        if self.embedding is not None:
+            h = self.embedding(h, index)  # (B, V, D)
+        for layer in self.layers:
+            h = layer(h)
+        return h if self.norm is None else self.norm(h)
+
+
+class Blockwise(nn.Module):
+    """A video ViT in K blocks, with the decoders that its regime needs. Defaults: the paper's ViT-Tiny, K =
+    4.
+
+    blocks: K, which must divide depth. regime: a key of REGIMES. video: (T, H, W) of a clip. tubelet: the
+    size of one token, in the same order. depth: encoder layers in all. The others are transformer widths,
+    layers and heads.
+    `blocks` and `decoders` are keyed "block1".."blockK"; `groups` lists the names between which gradients
+    flow.
+    Raises ValueError where sizes do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        blocks=4,
+        regime="simultaneous",
+        video=(16, 128, 128),
+        tubelet=(8, 16, 16),
+        width=192,
+        depth=12,
+        heads=3,
+        decoder_width=192,
+        decoder_depth=4,
+        decoder_heads=3,
+    ):
+        super().__init__()
+        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_sizes(self.config)
+        self.video, self.tubelet = tuple(video), tuple(tubelet)
+        self.grid = tuple(size // part for size, part in zip(video, tubelet))  # (t, h, w)
+        tokens, values = torch.Size(self.grid).numel(), torch.Size(tubelet).numel() * 3
+        names = [f"block{k}" for k in range(1, blocks + 1)]
+
+        # The encoder is made before the decoders, so that one seed gives the same one at every K and in every
+        # regime.
+        embedding = TubeletEmbedding(tokens=tokens, values=values, width=width)
+        layers = [Layer(width=width, heads=heads) for _ in range(depth)]
+        norm = nn.LayerNorm(width, eps=1e-6)
+        self.blocks = nn.ModuleDict()
+        for k, name in enumerate(names):
+            self.blocks[name] = Block(
+                layers[k * depth // blocks : (k + 1) * depth // blocks],
+                embedding=embedding if k == 0 else None,
+                norm=norm if k == blocks - 1 else None,
+            )
+        decoder = {"width": decoder_width, "depth": decoder_depth, "heads": decoder_heads}
+        self.decoders = nn.ModuleDict()
+        for name in names if REGIMES[regime].local_decoders else names[-1:]:
+            self.decoders[name] = Decoder(tokens=tokens, values=values, encoder_width=width, **decoder)
+        self.groups = [[name] for name in names] if REGIMES[regime].stop_gradient else [names]
+
+    @property
+    def stages(self):
+        """Passes that training makes over its epochs: K in the sequential regime, 1 in the others."""
+        return len(self.groups) if REGIMES[self.config["regime"]].staged else 1
+
+    def forward_group(self, group, h, visible, masked, target=None):
+        """Run the blocks of one group: (tokens after the last one, {block name: local loss L_k}).
+
+        h: (B, V, D) tokens of the block before, for block 1 (B, V, P) pixels. target: (B, M, P) normalised
+        masked tubelets; None: no losses. L_k is the mean squared error over the masked tokens only (Sec.
+        3.1).
+        """
+        losses = {}
+        for name in group:
+            h = self.blocks[name](h, visible)  # (B, V, D)
+            if target is not None and name in self.decoders:
+                prediction = self.decoders[name](h, visible, masked)  # (B, M, P)
+                losses[name] = F.mse_loss(prediction.float(), target)
+        return h, losses
+
+    def encode(self, video):
+        """Representation after every block, nothing masked (Sec. 4): {"block1": (B, N, D), ..., "blockK":
+        ...}.
+
+        video: (B, T, H, W, C) uint8, or float in 0..1.
+        """
+        h, tokens = patchify(video, self.tubelet), {}  # (B, N, P)
+        everything = torch.arange(h.shape[1], device=h.device).expand(len(h), -1)  # (B, N)
+        for name, block in self.blocks.items():
+            h = tokens[name] = block(h, everything)  # (B, N, D)
+        return tokens
+
+    def reconstruct(self, video, visible, masked):
+        """Every decoder's prediction of the normalised masked tubelets: {"block1": (B, M, P), ...}."""
+        h, predictions = take(patchify(video, self.tubelet), visible), {}  # (B, V, P)
+        for name, block in self.blocks.items():
+            h = block(h, visible)  # (B, V, D)
+            if name in self.decoders:
+                predictions[name] = self.decoders[name](h, visible, masked)
+        return predictions
+
+
 def check_sizes(config):
-    pass
+    """ValueError with the fix, if the arguments of Blockwise do not fit together."""
+    blocks, depth, regime = config["blocks"], config["depth"], config["regime"]
+    if regime not in REGIMES:
+        raise ValueError(f"There is no regime {regime!r}; choose from {', '.join(REGIMES)}.")
+    if blocks < 1 or depth % blocks:
+        fits = ", ".join(str(k) for k in range(1, depth + 1) if depth % k == 0)
+        raise ValueError(f"{blocks} blocks cannot share {depth} layers equally; choose --blocks from {fits}.")
+    axes = ("frames", "pixels in height", "pixels in width")
+    for what, size, part in zip(axes, config["video"], config["tubelet"]):
+        if part < 1 or size < part or size % part:
+            near = max(1, size // max(part, 1)) * max(part, 1)
+            raise ValueError(
+                f"{size} {what} is not a multiple of the tubelet's {part}; try {near} or {near + part}."
+            )
+    for width, heads in (("width", "heads"), ("decoder_width", "decoder_heads")):
+        if config[width] % (2 * config[heads]):
+            raise ValueError(f"{width} {config[width]} is not an even multiple of {heads} {config[heads]}.")
+
+
+def count_parameters(model):
+    """Parameters of each part: {"block1": n, ..., "decoder of block1": n, ...}; in all P_enc + K * P_dec
+    (Sec. 3.3).
+    """
+    counts = {name: sum(p.numel() for p in block.parameters()) for name, block in model.blocks.items()}
+    decoders = model.decoders.items()
+    return counts | {f"decoder of {name}": sum(p.numel() for p in d.parameters()) for name, d in decoders}
+
+
+def save(path, model, optimizers, *, step, settings):
+    """Write a checkpoint: model with decoders, optimizers, steps done, and settings of the run (a dict of
+    builtins).
+
+    It is written beside the old one and then takes its place: a kill at any moment leaves a readable file.
+    """
+    checkpoint = {
+        "config": model.config,  # arguments of Blockwise
+        "model": model.state_dict(),
+        "optimizers": [None if optimizer is None else optimizer.state_dict() for optimizer in optimizers],
+        "step": step,
+        "settings": settings,
+    }
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load(path, device="cpu"):
+    """Read a run: (model in eval mode, checkpoint). path: a run folder, whose last.pt is read, or a
+    checkpoint.
+
+    The checkpoint's "optimizers", "step" and "settings" are as given to save(). Raises ValueError if there is
+    none.
+    """
+    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no checkpoint {path}; name a folder that train.py has written.")
+    checkpoint = torch.load(path, map_location=device, weights_only=True)
+    model = Blockwise(**checkpoint["config"]).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval(), checkpoint

@@ -1,11 +1,12 @@
-"""The video vision transformer: tube masking, encoder layers, masked-autoencoder decoder, reconstruction targets.
+"""The video vision transformer: tube masking, encoder layers, masked-autoencoder decoder, reconstruction
+targets.
 
-Römer & Dickscheid, "Depth-Wise Representation Development Under Blockwise Self-Supervised Learning for Video Vision
-Transformers", arXiv 2601.09040: masking, decoder and loss are Sec. 3.1, the architecture is Sec. 3.3.
+Römer & Dickscheid, "Depth-Wise Representation Development Under Blockwise Self-Supervised Learning for Video
+Vision Transformers", arXiv 2601.09040: masking, decoder and loss are Sec. 3.1, the architecture is Sec. 3.3.
 How the encoder is cut into blocks and trained stands in blockwise.py; nothing here knows about blocks.
 
-Shapes: B batch, T frames, H W pixels, C channels; t h w token grid, N = t*h*w tokens, V visible, M = N - V masked;
-P = values in one tubelet, D width, K blocks.
+Shapes: B batch, T frames, H W pixels, C channels; t h w token grid, N = t*h*w tokens, V visible, M = N - V
+masked; P = values in one tubelet, D width, K blocks.
 """
 
 import math
@@ -14,26 +15,56 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Keyword arguments of blockwise.Blockwise. tiny and small are the paper's (Sec. 3.3); base is VideoMAE's width with the
-# paper's tubelets; nano is ours, for a laptop: 12 layers, so that K = 1, 2, 3, 4, 6 and 12 all divide.
+# Keyword arguments of blockwise.Blockwise. tiny and small are the paper's (Sec. 3.3); base is VideoMAE's
+# width with the paper's tubelets; nano is ours, for a laptop: 12 layers, so that K = 1, 2, 3, 4, 6 and 12 all
+# divide.
 SIZES = {
-    "nano": dict(
-        video=(16, 64, 64), tubelet=(8, 8, 8), width=96, heads=3, decoder_width=64, decoder_depth=1, decoder_heads=2
-    ),
-    "tiny": dict(video=(16, 128, 128), tubelet=(8, 16, 16), width=192, heads=3, decoder_width=192, decoder_heads=3),
-    "small": dict(video=(16, 128, 128), tubelet=(8, 16, 16), width=384, heads=6, decoder_width=192, decoder_heads=3),
-    "base": dict(video=(16, 128, 128), tubelet=(8, 16, 16), width=768, heads=12, decoder_width=384, decoder_heads=6),
+    "nano": {
+        "video": (16, 64, 64),
+        "tubelet": (8, 8, 8),
+        "width": 96,
+        "heads": 3,
+        "decoder_width": 64,
+        "decoder_depth": 1,
+        "decoder_heads": 2,
+    },
+    "tiny": {
+        "video": (16, 128, 128),
+        "tubelet": (8, 16, 16),
+        "width": 192,
+        "heads": 3,
+        "decoder_width": 192,
+        "decoder_heads": 3,
+    },
+    "small": {
+        "video": (16, 128, 128),
+        "tubelet": (8, 16, 16),
+        "width": 384,
+        "heads": 6,
+        "decoder_width": 192,
+        "decoder_heads": 3,
+    },
+    "base": {
+        "video": (16, 128, 128),
+        "tubelet": (8, 16, 16),
+        "width": 768,
+        "heads": 12,
+        "decoder_width": 384,
+        "decoder_heads": 6,
+    },
 }
 
 
-# ---- tubelets and masks -------------------------------------------------------------------------------------------
+# ---- tubelets and masks ----
 
 
 def patchify(video, tubelet):
-    """Cut a video into tubelets, the tokens of the model (Sec. 3.3: 8x16x16 pixels, so 16x128x128 gives 2x8x8 tokens).
+    """Cut a video into tubelets, the tokens of the model (Sec. 3.3: 8x16x16 pixels, so 16x128x128 gives 2x8x8
+    tokens).
 
-    video: (B, T, H, W, C) of any dtype. tubelet: its size (frames, rows, columns), which must divide (T, H, W).
-    Returns (B, N, P): tokens in the order time, row, column; values in the order frame, row, column, channel.
+    video: (B, T, H, W, C) of any dtype. tubelet: its size (frames, rows, columns), which must divide (T, H,
+    W). Returns (B, N, P): tokens in the order time, row, column; values in the order frame, row, column,
+    channel.
     """
     B, T, H, W, C = video.shape
     p, q, r = tubelet
@@ -51,13 +82,18 @@ def unpatchify(tokens, video, tubelet):
 def tube_mask(batch, grid, ratio=0.9, generator=None):
     """Draw one random tube mask per clip (Sec. 3.1): one spatial mask, repeated over all time slots.
 
-    grid: (t, h, w). Of the h*w places int(ratio * h*w) are masked: at 0.9 and 8x8 that is 57, so 14 of 128 tokens stay.
-    generator: a CPU torch.Generator, to make the draw reproducible.
-    Returns (visible, masked): sorted token indices (B, V) and (B, M). There is no boolean mask whose sense to mix up.
+    grid: (t, h, w). Of the h*w places int(ratio * h*w) are masked: at 0.9 and 8x8 that is 57, so 14 of 128
+    tokens stay. generator: a CPU torch.Generator, to make the draw reproducible.
+    Returns (visible, masked): sorted token indices (B, V) and (B, M). There is no boolean mask whose sense to
+    mix up.
     """
     t, h, w = grid
     order = torch.rand(batch, h * w, generator=generator).argsort(dim=1)
     hidden = int(ratio * h * w)
+    if not 0 < hidden < h * w:
+        raise ValueError(
+            f"Mask ratio {ratio} hides {hidden} of {h * w} places; some must be hidden and some be seen."
+        )
     slots = torch.arange(t).view(1, t, 1) * (h * w)
 
     def tubes(places):
@@ -76,9 +112,10 @@ def take(tokens, index):
 def normalized_targets(patches):
     """What a decoder must predict: each tubelet and colour channel with mean 0 and variance 1.
 
-    Paper does not say: how targets are normalised. This is VideoMAE's (x - mean) / (sqrt(unbiased variance) + 1e-6) over
-    the pixels of one tubelet and channel, on values of 0..1; the published losses (0.55-0.62) agree with it.
-    patches: (B, M, P) uint8, or float in 0..1. Returns (targets, mean, std): (B, M, P), (B, M, 1, 3), (B, M, 1, 3).
+    Paper does not say: how targets are normalised. This is VideoMAE's (x - mean) / (sqrt(unbiased variance) +
+    1e-6) over the pixels of one tubelet and channel, on values of 0..1; the published losses (0.55-0.62)
+    agree with it. patches: (B, M, P) uint8, or float in 0..1. Returns (targets, mean, std): (B, M, P), (B, M,
+    1, 3), (B, M, 1, 3).
     """
     x = unit_range(patches).unflatten(-1, (-1, 3))  # (B, M, P/3, 3)
     variance, mean = torch.var_mean(x, dim=2, keepdim=True)  # unbiased; (B, M, 1, 3)
@@ -91,7 +128,7 @@ def unit_range(pixels):
     return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
 
 
-# ---- transformer --------------------------------------------------------------------------------------------------
+# ---- transformer ----
 
 
 def sinusoid_positions(tokens, width):
@@ -111,7 +148,9 @@ def init_weights(module):
 
 
 class Layer(nn.Module):
-    """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x)) (Sec. 3.3: MLP x4, qkv bias)."""
+    """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x)) (Sec. 3.3: MLP x4, qkv
+    bias).
+    """
 
     def __init__(self, *, width=192, heads=3):
         super().__init__()
@@ -126,7 +165,9 @@ class Layer(nn.Module):
 
     def attention(self, x):
         """Multi-head self-attention over all tokens given. (B, N, D) to (B, N, D)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, N, D/heads)
+        qkv = (
+            self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # (3, B, heads, N, D/heads)
         q, k, v = qkv.unbind(0)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # where the fused form is the slower one
             x = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v  # (B, heads, N, D/heads)
@@ -141,9 +182,11 @@ class Layer(nn.Module):
 
 
 class TubeletEmbedding(nn.Module):
-    """Pixels of a tubelet to a token, plus its fixed position (Sec. 3.3). Only the tubelets given are embedded.
+    """Pixels of a tubelet to a token, plus its fixed position (Sec. 3.3). Only the tubelets given are
+    embedded.
 
-    The Linear layer is the same map as the usual strided 3-D convolution, but can be applied to visible tubelets alone.
+    The Linear layer is the same map as the usual strided 3-D convolution, but can be applied to visible
+    tubelets alone.
     """
 
     def __init__(self, *, tokens=128, values=6144, width=192):
@@ -156,17 +199,20 @@ class TubeletEmbedding(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]), persistent=False)
 
     def forward(self, patches, index):
-        """patches: (B, V, P) uint8, or float in 0..1; index: (B, V), their places in the grid. Returns (B, V, D)."""
+        """patches: (B, V, P) uint8, or float in 0..1; index: (B, V), their places in the grid. Returns (B, V,
+        D).
+        """
         x = (unit_range(patches).unflatten(-1, (-1, 3)) - self.mean) / self.std  # (B, V, P/3, 3)
         return self.linear(x.flatten(2)) + self.positions[index]  # (B, V, D)
 
 
 class Decoder(nn.Module):
-    """Masked-autoencoder decoder in VideoMAE's form (Sec. 3.1): predicts the masked tubelets from the visible tokens.
+    """Masked-autoencoder decoder in VideoMAE's form (Sec. 3.1): predicts the masked tubelets from the visible
+    tokens.
 
-    The paper gives every block one of these, with 4 layers of width 192 and 3 heads at every K, size and regime.
-    Paper does not say: the inner form. VideoMAE's: Linear without bias, [visible, mask tokens] plus its own sinusoid
-    positions, layers, LayerNorm, and a Linear head on the masked tokens only.
+    The paper gives every block one of these, with 4 layers of width 192 and 3 heads at every K, size and
+    regime. Paper does not say: the inner form. VideoMAE's: Linear without bias, [visible, mask tokens] plus
+    its own sinusoid positions, layers, LayerNorm, and a Linear head on the masked tokens only.
     """
 
     def __init__(self, *, tokens=128, values=6144, encoder_width=192, width=192, depth=4, heads=3):

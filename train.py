@@ -1,0 +1,520 @@
+"""Train a video vision transformer block by block, on generated clips or on a folder of videos.
+
+    python train.py --blocks 4                                           # generated clips, minutes on a CPU
+    python train.py --blocks 4 --data VIDEOS --stride 2 --short repeat   # your own videos
+    python train.py --size tiny --data UCF-101 --list trainlist01.txt    # the paper's recipe, for a GPU
+    python train.py --help                                               # every setting
+
+Römer & Dickscheid, arXiv 2601.09040, Sec. 3. The method is train_step() in blockwise.py; this file feeds it.
+A run writes into its folder: config.json, log.jsonl, recon_*.png, recon.mp4 and the checkpoint last.pt.
+"""
+
+import argparse
+import json
+import math
+import signal
+import sys
+import time
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from blockwise import REGIMES, Blockwise, count_parameters, load, make_optimizers, save, train_step
+from data import READ_ERRORS, Scenes, Videos, loader, tile, write_picture, write_video
+from model import SIZES, normalized_targets, patchify, take, tube_mask, unpatchify
+
+# tiny and small: the paper's recipe (Sec. 3.2, 3.4). Paper does not say: batch size. nano: ours, for a CPU.
+RECIPES = {
+    "nano": {"steps": 1500, "batch": 32, "lr": 1e-3},
+    "tiny": {"epochs": 150, "batch": 128, "lr": 1e-4},
+    "small": {"epochs": 300, "batch": 128, "lr": 1e-4},
+    "base": {"epochs": 300, "batch": 128, "lr": 1e-4},
+}
+
+
+def option(default, help, least=None, below=None):
+    """A setting: its default, its line in --help, and the range that its value must lie in."""
+    return field(default=default, metadata={"help": help, "least": least, "below": below})
+
+
+@dataclass
+class Config:
+    """All settings of a run. Each field is a flag of the same name; None is filled in from the size or the
+    machine.
+    """
+
+    size: Literal["nano", "tiny", "small", "base"] = option(
+        "nano", "model: tiny and small are the paper's, nano suits a laptop"
+    )
+    blocks: int = option(4, "K, blocks of the encoder; for e2e, where its representation is read", 1)
+    regime: Literal[tuple(REGIMES)] = option("simultaneous", "who learns from which loss (Sec. 3.1)")
+    decoder_depth: int | None = option(None, "layers of each local decoder (paper: 4; nano: 1)", 1)
+    frames: int | None = option(None, "frames of a clip (paper: 16)", 1)
+    pixels: int | None = option(None, "height and width of a clip (paper: 128; nano: 64)", 1)
+    tubelet: tuple[int, int, int] | None = option(
+        None, "frames, rows, columns of one token (paper: 8 16 16; nano: 8 8 8)"
+    )
+    mask: float = option(0.9, "share of the tubes that is masked", 0, 1)
+
+    data: str | None = option(None, "folder of videos; without it, clips are generated")
+    list: str | None = option(None, "file of lines `path [label]`, relative to --data: use these videos only")
+    stride: int = option(4, "take every stride-th frame of a video", 1)
+    short: Literal["drop", "repeat"] = option(
+        "drop", "videos of fewer than frames x stride: drop, or repeat the last frame"
+    )
+
+    epochs: float | None = option(
+        None, "passes over the data (paper: tiny 150, small 300), per stage in sequential", 0
+    )
+    steps: int | None = option(
+        None, "optimizer steps, instead of --epochs, per stage in sequential (nano: 1500)", 1
+    )
+    batch: int | None = option(None, "clips in one optimizer step (tiny, small: 128; nano: 32)", 1)
+    accumulate: int = option(1, "parts that a batch is computed in, to save memory", 1)
+    lr: float | None = option(None, "highest learning rate (paper: 1e-4; nano: 1e-3)", 0)
+    min_lr: float = option(1e-6, "learning rate at the end of the cosine", 0)
+    warmup: float = option(0.1, "share of the steps with rising learning rate", 0, 1)
+    weight_decay: float = option(0.05, "AdamW's, on weight matrices only", 0)
+    beta1: float = option(0.9, "AdamW's, of the mean gradient", 0, 1)
+    beta2: float = option(0.95, "AdamW's, of the mean squared gradient", 0, 1)
+    clip: float = option(0.0, "largest gradient norm of each block by itself; 0: no clipping", 0)
+    seed: int = option(0, "of the weights, the data order and the masks", 0)
+
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: Literal["auto", "fp32", "bf16"] = option("auto", "bf16: autocast; auto is bf16 on cuda, else fp32")
+    compile: bool = option(False, "torch.compile the blocks and decoders")
+    workers: int | None = option(None, "processes that read clips (default: from the number of cores)", 0)
+    out: str | None = option(None, "folder of the run (default: runs/NAME, named after the settings)")
+    resume: bool = option(
+        False, "go on with the run in --out, from its last checkpoint and with its settings"
+    )
+
+
+# ---- settings ----
+
+
+def fail(message):
+    """End the program for a mistake that the user can mend: one sentence, exit code 2."""
+    print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one sentence."""
+
+    def error(self, message):
+        fail(f"{message} (python train.py --help lists all settings)")
+
+
+def flag(name):
+    """Field name to command-line flag."""
+    return "--" + name.replace("_", "-")
+
+
+def parse(arguments=None):
+    """Command line to (Config, names of the settings given). ValueError for values that make no sense."""
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for f, kind in zip(fields(Config), typing.get_type_hints(Config).values()):
+        if isinstance(kind, types.UnionType):  # X | None
+            kind = kind.__args__[0]
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(kind) is Literal:
+            how = {"choices": kind.__args__}
+        elif typing.get_origin(kind) is tuple:
+            how = {"type": int, "nargs": len(kind.__args__), "metavar": "N"}
+        else:
+            how = {"type": kind, "metavar": kind.__name__.upper()}
+        help = f.metadata["help"] + (f" [{f.default}]" if f.default is not None else "")
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=help.replace("%", "%%"), **how)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(arguments)).items()}
+
+    for f in fields(Config):
+        least, below, value = f.metadata["least"], f.metadata["below"], given.get(f.name)
+        if None not in (value, least) and not least <= value < (below or math.inf):
+            limit = f" and below {below}" if below else ""
+            raise ValueError(f"{flag(f.name)} {value} must be at least {least}{limit}.")
+    for name in ("lr", "mask", "epochs"):
+        if given.get(name) == 0:
+            raise ValueError(f"--{name} must be more than 0.")
+    if {"steps", "epochs"} <= set(given):
+        raise ValueError("--steps and --epochs both say how long to train; give one of them.")
+    if "list" in given and "data" not in given:
+        raise ValueError("--list names videos relative to a folder; say which folder with --data.")
+    return Config(**given), set(given)
+
+
+def complete(config):
+    """Fill in what was left open: device, dtype, recipe of the size, name of the run. Returns the device, said."""
+    wanted, why = config.device, "as asked"
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            config.device, why = "cuda", torch.cuda.get_device_name()
+        elif torch.backends.mps.is_available():
+            config.device, why = "mps", "Apple GPU"
+        else:
+            config.device, why = "cpu", f"no GPU found; {torch.get_num_threads()} threads"
+    try:
+        torch.zeros(1, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {wanted} does not work here ({reason}); try --device cpu.") from None
+    cuda = config.device.startswith("cuda")
+    if config.dtype == "auto":
+        config.dtype = "bf16" if cuda else "fp32"
+    if config.workers is None:
+        cores = torch.get_num_threads()
+        config.workers = min(8, cores if cuda and config.data else max(1, cores // 2))
+    recipe = dict(RECIPES[config.size])
+    if config.steps or config.epochs:
+        recipe.pop("steps", None), recipe.pop("epochs", None)
+    for name, value in recipe.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    if config.accumulate > config.batch:
+        raise ValueError(
+            f"--accumulate {config.accumulate} is more parts than the batch has clips ({config.batch})."
+        )
+    if config.out is None:
+        data = f"-{Path(config.data).resolve().name}" if config.data else ""
+        seed = f"-seed{config.seed}" if config.seed else ""
+        config.out = f"runs/{config.size}-{config.regime}-{config.blocks}{data}{seed}"
+    return f"{config.device} ({why}), {config.dtype}"
+
+
+def resumed(config, given):
+    """Settings and checkpoint of the run in --out. Where it runs may change, what it computes may not."""
+    _, checkpoint = load(config.out)
+    saved = checkpoint["settings"]
+    for name in given - {"resume", "out", "device", "workers"}:
+        value = getattr(config, name)
+        if saved[name] != value:
+            raise ValueError(
+                f"{config.out} was started with {flag(name)} {saved[name]}, not {value}; leave it out to go "
+                "on with that run, or start another one with --out."
+            )
+    here = {"device": config.device, "workers": config.workers, "out": config.out, "resume": True}
+    return Config(**(saved | here)), checkpoint
+
+
+def model_arguments(config):
+    """Arguments of Blockwise for these settings."""
+    size = dict(SIZES[config.size], blocks=config.blocks, regime=config.regime)
+    T, H, W = size["video"]
+    size["video"] = (config.frames or T, config.pixels or H, config.pixels or W)
+    size["tubelet"] = config.tubelet or size["tubelet"]
+    return size | ({"decoder_depth": config.decoder_depth} if config.decoder_depth else {})
+
+
+def set_up(arguments):
+    """All that comes before training. ValueError, one sentence with the fix, for what the user can mend."""
+    config, given = parse(arguments)
+    where = complete(config)
+    out, checkpoint = Path(config.out), None
+    if config.resume:
+        config, checkpoint = resumed(config, given)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(
+            f"{out} is in use; go on with that run by --resume, or choose another folder with --out."
+        )
+    torch.manual_seed(config.seed)
+    model = Blockwise(**model_arguments(config)).to(config.device)
+    tube_mask(1, model.grid, config.mask)  # raises if the ratio does not fit the grid
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    if config.data:
+        rules = {"stride": config.stride, "short": config.short}
+        source = Videos(config.data, list_file=config.list, video=model.video, **rules)
+    else:
+        source = Scenes("train", video=model.video)
+    if not checkpoint:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+    return config, model, source, checkpoint, where
+
+
+# ---- what a run shows ----
+
+
+def describe(config, model, source, where, total):
+    """Print what runs, on what, and on a CPU for how long."""
+    print(f"{config.out}: {config.size}, {config.regime}, K = {config.blocks}, on {where}")
+    if config.data:
+        print(f"data: {len(source)} of {source.total} videos in {config.data}, {len(source.classes)} classes")
+        if source.dropped:
+            frames = f"{source.video[0]} frames x stride {source.stride}"
+            print(f"  {len(source.dropped)} dropped, shorter than {frames}; --short repeat keeps them")
+        for path, reason in source.broken.items():
+            print(f"  broken: {path} ({reason})")
+    else:
+        print(f"data: {len(source)} generated clips (--data FOLDER trains on your own videos)")
+    counts = count_parameters(model)
+    listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    print(f"parameters: {listed}; in all {sum(counts.values()):,}")
+    if config.device == "cpu":
+        minutes = estimate(config, model, total) / 60
+        duration = f"{minutes:.0f} minutes" if minutes < 100 else f"{minutes / 60:.0f} hours"
+        print(f"{total} steps, about {duration} here")
+        if minutes >= 100:
+            data = f" --data {config.data}" if config.data else ""
+            print(f"  to see it run in minutes: python train.py --blocks {config.blocks}{data} (size nano)")
+    sys.stdout.flush()
+
+
+def estimate(config, model, total):
+    """Seconds that `total` steps will take, from small steps on noise that leave every weight as it is."""
+    count = min(config.batch, 8)
+    video = torch.randint(256, (count, *model.video, 3), dtype=torch.uint8)
+    visible, masked = (index[:count] for index in masks_of_step(config, model, 0))
+    optimizers = make_optimizers(model, lr=0.0, weight_decay=0.0)
+    for _ in range(3):  # the last one counts
+        start = time.perf_counter()
+        train_step(model, optimizers, video, visible, masked, dtype=autocast_dtype(config))
+    return (time.perf_counter() - start) * config.batch / count * total
+
+
+class Log:
+    """log.jsonl and the progress bar, with clips per second and the share of time spent waiting for clips."""
+
+    def __init__(self, path, done, total):
+        """done: steps that the checkpoint holds. What a stopped run has logged after them is cut off."""
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= done))
+        self.path, self.clips, self.waited, self.since = path, 0, 0.0, time.perf_counter()
+        self.bar = tqdm(total=total, initial=done, unit=" steps", mininterval=1)
+
+    def next(self, batches):
+        """The next batch, on the clock."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - start
+        self.clips += len(batch["video"])
+        return batch
+
+    def write(self, record):
+        """Write one line; it also goes to the screen if it has an eval_loss."""
+        seconds = time.perf_counter() - self.since
+        record["clips_per_s"], record["wait"] = (
+            round(self.clips / seconds, 1),
+            round(self.waited / seconds, 4),
+        )
+        record["memory_mb"] = round(peak_memory())
+        self.clips, self.waited, self.since = 0, 0.0, self.since + seconds
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        losses = " ".join(f"{loss:.3f}" for loss in record["loss"].values())
+        self.bar.set_postfix_str(f"loss {losses}")
+        if "eval_loss" in record:
+            speed = f"{record['clips_per_s']:.0f} clips/s, {record['wait']:.0%} waiting for clips"
+            self.bar.write(f"step {record['step']}: loss by block {losses}, lr {record['lr']:.1e}, {speed}")
+
+
+def peak_memory():
+    """Largest memory used so far, in MB: of the GPU if in use, else of this process; 0 where unknown."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+@torch.no_grad()
+def draw(model, clips, path):
+    """Write what every decoder makes of some fixed clips; returns its loss on them, {block name: float}.
+
+    clips: (video, visible, masked). path: .png shows 8 frames of the first clip, .mp4 moves 6 clips. A
+    prediction is of normalised tubelets: it has no mean and contrast of its own. So target and predictions
+    are shown as the loss sees them. Only the last row, which says so, is painted with each tubelet's true
+    statistics.
+    """
+    video, visible, masked = clips
+    predictions = model.reconstruct(video, visible, masked)
+    patches = patchify(video, model.tubelet).float()  # (B, N, P)
+    target, mean, std = normalized_targets(take(patches, masked) / 255)  # (B, M, P)
+    losses = {name: F.mse_loss(prediction.float(), target).item() for name, prediction in predictions.items()}
+
+    def paint(tokens, index, canvas):
+        filled = canvas.scatter(1, index.unsqueeze(-1).expand_as(tokens), tokens)
+        return unpatchify(filled, model.video, model.tubelet).clamp(0, 255).byte().cpu().numpy()
+
+    dark = torch.full_like(patches, 24)
+    rows = {"input": paint(patches[:, :0], masked[:, :0], patches)}  # (B, T, H, W, C)
+    rows["visible"] = paint(take(patches, visible), visible, dark)
+    rows["target"] = paint(127.5 + 50 * target, masked, dark)
+    for name, prediction in predictions.items():
+        rows[f"{name} {losses[name]:.3f}"] = paint(127.5 + 50 * prediction.float(), masked, dark)
+    true = (prediction.float().unflatten(-1, (-1, 3)) * std + mean).flatten(
+        2
+    )  # (B, M, P), of the last decoder
+    rows[f"{name} + true mean, std"] = paint(255 * true, masked, patches)
+
+    T = video.shape[1]
+    if path.suffix == ".png":
+        write_picture(path, tile({title: row[0, :: max(1, T // 8)] for title, row in rows.items()}))
+    else:
+        write_video(path, [tile({title: row[:6, t] for title, row in rows.items()}) for t in range(T)] * 3)
+    return losses
+
+
+# ---- training ----
+
+
+def learning_rate(config, step, steps):
+    """Linear warm-up, then cosine (Sec. 3.4)."""
+    # Paper does not say: length of the warm-up and final rate. Both are VideoMAE's choice.
+    warm = round(config.warmup * steps)
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    return config.min_lr + (config.lr - config.min_lr) * cosine
+
+
+def masks_of_step(config, model, step):
+    """The tube masks of one step's batch, a pure function of (seed, step): indices (B, V) and (B, M)."""
+    seed = int(np.random.SeedSequence((config.seed, 2, step)).generate_state(1)[0])
+    visible, masked = tube_mask(config.batch, model.grid, config.mask, torch.Generator().manual_seed(seed))
+    return visible.to(config.device), masked.to(config.device)
+
+
+def fixed_clips(config, model, source, count=32):
+    """Clips spread over the source, read as for evaluation, and masks: for the pictures and eval_loss."""
+    videos = []
+    for index in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int):
+        try:
+            videos.append(torch.from_numpy(source.read(int(index))))
+        except READ_ERRORS:
+            pass  # named as soon as training meets it
+    if not videos:
+        raise ValueError(f"None of {count} videos that were tried can be read.")
+    visible, masked = tube_mask(
+        len(videos), model.grid, config.mask, torch.Generator().manual_seed(config.seed)
+    )
+    return [tensor.to(config.device) for tensor in (torch.stack(videos), visible, masked)]
+
+
+def autocast_dtype(config):
+    """--dtype as train_step() wants it."""
+    return torch.bfloat16 if config.dtype == "bf16" else None
+
+
+def step_in_parts(config, model, optimizers, video, visible, masked):
+    """train_step() on a batch computed in --accumulate parts. Returns its losses and gradient norms."""
+    losses, count = {}, config.accumulate
+    for part, tensors in enumerate(zip(*(x.tensor_split(count) for x in (video, visible, masked))), start=1):
+        how = {"dtype": autocast_dtype(config), "clip": config.clip, "complete": part == count}
+        share = len(tensors[0]) / len(video)
+        of_part, norms = train_step(model, optimizers, *tensors, share=share, **how)
+        losses = {name: losses.get(name, 0.0) + share * loss for name, loss in of_part.items()}
+    return losses, norms
+
+
+def check_finite(record, clips):
+    """FloatingPointError that names the block, if a loss or gradient norm is not finite."""
+    for name, norm in record["grad_norm"].items():
+        loss = record["loss"].get(name, 0.0)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"{name} is not finite at step {record['step']}: loss {loss}, gradient norm {norm}, "
+                f"lr {record['lr']}, clips {', '.join(clips)}. The last checkpoint is kept; try a lower "
+                "--lr, --clip 1 or --dtype fp32."
+            )
+
+
+def catch_signals():
+    """Ctrl-C and SIGTERM let the step finish and save; a second one ends at once. Returns those caught."""
+    caught = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number) if caught else caught.append(number))
+    return caught
+
+
+def train(config, model, source, checkpoint, where):
+    """The training loop, from the checkpoint to the end or to a signal. Returns the signals caught."""
+    out, done = Path(config.out), checkpoint["step"] if checkpoint else 0
+    steps = config.steps or max(1, math.ceil(config.epochs * len(source) / config.batch))  # of one stage
+    total = steps * model.stages
+    describe(config, model, source, where, total)
+    hyper = {"lr": config.lr, "betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
+    optimizers = make_optimizers(model, stage=done // steps, **hyper)
+    if done % steps:
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            if optimizer is not None:
+                optimizer.load_state_dict(state)
+    if config.compile:
+        for part in [*model.blocks.values(), *model.decoders.values()]:
+            part.compile()
+    clips, signals, saved = fixed_clips(config, model, source), catch_signals(), -math.inf
+    feed = {"batch": config.batch, "seed": config.seed, "workers": config.workers}
+    batches = iter(
+        loader(source, first=done, last=total, pin_memory=config.device.startswith("cuda"), **feed)
+    )
+    log = Log(out / "log.jsonl", done, total)
+
+    while done < total and not signals:
+        stage, step = divmod(done, steps)
+        if step == 0:  # sequential: each stage has a fresh optimizer and schedule
+            optimizers = make_optimizers(model, stage=stage, **hyper)
+        lr = learning_rate(config, step, steps)
+        for group in [group for optimizer in optimizers if optimizer for group in optimizer.param_groups]:
+            group["lr"] = lr
+
+        batch = log.next(batches)
+        for path, reason in source.check_broken(batch["broken"]).items():
+            log.bar.write(f"broken, the next good video takes its place: {path} ({reason})")
+        video = batch["video"].to(config.device, non_blocking=True)
+        losses, norms = step_in_parts(config, model, optimizers, video, *masks_of_step(config, model, done))
+        done += 1
+        log.bar.update()
+
+        ends = done == total or bool(signals)
+        draws = ends or done == 1 or done % max(1, total // 10) == 0
+        if draws or done % min(50, max(1, total // 100)) == 0:
+            record = {"step": done, "epoch": round(done * config.batch / len(source), 4), "lr": lr}
+            record["loss"] = {name: loss.item() for name, loss in losses.items()}
+            record["grad_norm"] = {name: norm.item() for name, norm in norms.items()}
+            check_finite(record, [source.name(index) for index in batch["index"]])
+            if draws:
+                record["eval_loss"] = draw(model, clips, out / f"recon_{done:06d}.png")
+            log.write(record)
+            if ends or time.monotonic() - saved > 60:
+                save(out / "last.pt", model, optimizers, step=done, settings=asdict(config))
+                saved = time.monotonic()
+    log.bar.close()
+    if done == total:
+        losses = draw(model, clips, out / "recon.mp4")
+        print(
+            "reconstruction loss by block:", ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        )
+    return signals
+
+
+def main(arguments=None):
+    """Train as the command line says."""
+    try:
+        config, *rest = set_up(arguments)
+        signals = train(config, *rest)
+    except ValueError as error:
+        fail(error)
+    except FloatingPointError as error:
+        sys.exit(f"train.py: {error}")
+    if signals:
+        print(f"stopped and saved; go on with: python train.py --resume --out {config.out}")
+        sys.exit(128 + signals[0])
+    print(f"  (predicting the mean of every tubelet gives 1.0; {config.out}/recon.mp4 shows it)")
+    other = "e2e" if config.regime != "e2e" else "simultaneous"
+    print(f"next, to compare: python train.py --blocks {config.blocks} --regime {other}")
+
+
+if __name__ == "__main__":
+    main()
