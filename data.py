@@ -1,11 +1,11 @@
 """Clips to train on: generated moving scenes (no download), or any folder of videos, read with PyAV.
 
-Römer & Dickscheid, arXiv 2601.09040, Sec. 3.2: 16 frames at stride 4; random 128x128 crop and horizontal flip
-for training, centre crop for evaluation; videos that are too short are dropped.
+Römer & Dickscheid, arXiv 2601.09040, Sec. 3.2: 16 frames at stride 4; random crop and flip for training,
+centre crop for evaluation; videos that are too short are dropped.
 
-    source = Scenes("train")                                        # or Videos("UCF-101",
-    list_file="trainlist01.txt") for batch in loader(source, batch=32, first=0, last=1500): ...  #
-    batch["video"]: (B, T, H, W, C) uint8
+    source = Scenes("train")                          # or Videos("UCF-101", list_file="trainlist01.txt")
+    for batch in loader(source, batch=32, last=1500):
+        batch["video"]                                # (B, T, H, W, C) uint8
 
 Sample k of the endless training stream is a pure function of (seed, k): order, start, crop and flip keep no
 random state. So the number of workers, stopping and resuming change nothing, and any step's batch can be made
@@ -15,6 +15,7 @@ Shapes: B batch, T frames, H W pixels, C channels.
 """
 
 import functools
+import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ from tqdm import tqdm
 # ---- generated clips: moving scenes ----
 
 COLOURS = {"red": (0.85, 0.3, 0.3), "green": (0.3, 0.8, 0.3), "blue": (0.3, 0.4, 0.9)}
-RADII = {"small": 0.24, "large": 0.44}  # of the disc of equal area, in half frames
+RADII = {"small": 0.32, "large": 0.54}  # of the disc of equal area, in half frames
 MOTIONS = {  # over one clip: x shift in half frames, y shift, turns, log-scale in cycles
     "left": (-1, 0, 0, 0),
     "right": (1, 0, 0, 0),
@@ -42,37 +43,33 @@ MOTIONS = {  # over one clip: x shift in half frames, y shift, turns, log-scale 
 }
 
 
+SCENE_LABELS = {  # low, middle, middle, high, high
+    "colour": tuple(COLOURS),
+    "shape": ("disc", "ring", "cross"),
+    "size": tuple(RADII),
+    "motion": tuple(MOTIONS),
+    "agreement": ("no", "yes"),
+}
+
+
 class Scenes:
-    """Endless generated clips of one textured object that moves over a moving background, with five balanced
-    labels.
+    """Generated clips of one textured object that moves over a moving background, with five balanced labels.
 
     low: `colour` of the object; middle: its `shape` and `size`; high: its `motion`, and `agreement`: does the
     background share that motion? All 288 combinations come once in every 288 clips, in random order. Clip i
-    of a split is a pure function of (seed, split, i). Masked tubes can be predicted from few visible ones,
-    because the content is smooth and dominated by low frequencies, as in natural images.
+    of a split is a pure function of (seed, split, i). Masked tubes can be predicted from the few visible
+    ones, because the content is smooth and dominated by low frequencies, as in natural images.
 
     A single frame says nothing about the motion: place (on a torus), angle and log-scale (on a circle) are
-    uniform at every frame, whatever the motion is. For the object, the circle makes a growing one fall back
-    to its smallest size.
+    uniform at every frame, whatever the motion. So an object that has grown to its largest size goes on from
+    its smallest.
 
     split: "train" or "test". clips: how many make one epoch. video: (T, H, W).
     """
 
-    labels = {
-        "shape": ("disc", "square", "triangle"),
-        "colour": tuple(COLOURS),
-        "size": tuple(RADII),
-        "motion": tuple(MOTIONS),
-        "agreement": ("no", "yes"),
-    }
-
     def __init__(self, split="train", *, clips=20000, video=(16, 64, 64), seed=0):
-        self.split, self.clips, self.video, self.seed = (
-            ("train", "test").index(split),
-            clips,
-            tuple(video),
-            seed,
-        )
+        self.split = ("train", "test").index(split)
+        self.clips, self.video, self.seed, self.labels = clips, tuple(video), seed, SCENE_LABELS
 
     def __len__(self):
         return self.clips
@@ -82,111 +79,195 @@ class Scenes:
         return f"generated clip {index}"
 
     def check_broken(self, found=()):
-        """Generated clips do not break."""
+        """As in Videos; generated clips do not break."""
         return {}
 
     def targets(self, index):
-        """The labels of clip `index`, one class number for each entry of `labels`."""
+        """The class number of clip `index` in each of `labels`."""
         sizes = [len(values) for values in self.labels.values()]
-        rounds, place = divmod(index, int(np.prod(sizes)))
-        order = np.random.default_rng((self.seed, self.split, 0, rounds)).permutation(int(np.prod(sizes)))
-        return tuple(int(j) for j in np.unravel_index(order[place], sizes))
+        combinations = int(np.prod(sizes))
+        rounds, place = divmod(index, combinations)
+        order = np.random.default_rng((self.seed, self.split, 0, rounds)).permutation(combinations)
+        return tuple(int(number) for number in np.unravel_index(order[place], sizes))
 
     def read(self, index, rng=None):
-        """Clip `index`: (T, H, W, C) uint8. There is nothing to augment: a flip would change the motion; rng
-        is unused.
-        """
+        """Clip `index`, (T, H, W, C) uint8. Nothing is random: rng is unused."""
         rng = np.random.default_rng((self.seed, self.split, 1, index))
-        targets = self.targets(index)
-        shape, colour, size, motion, agreement = (v[j] for v, j in zip(self.labels.values(), targets))
+        colour, shape, size, motion, agreement = (
+            values[number] for values, number in zip(self.labels.values(), self.targets(index))
+        )
         others = [name for name in MOTIONS if name != motion]
         backdrop = motion if agreement == "yes" else others[rng.integers(len(others))]
         frames = draw_background(rng, self.video, motion=backdrop)
-        draw_object(frames, rng, shape=shape, colour=colour, size=size, motion=motion)
-        return np.rint(frames.clip(0, 1) * 255).astype(np.uint8)
+        draw_object(frames, rng, colour=colour, shape=shape, size=size, motion=motion)
+        return (frames.clip(0, 1) * 255 + 0.5).astype(np.uint8).transpose(0, 1, 3, 2).copy()  # (T, H, W, C)
 
 
 def axes(video):
-    """Fraction of the clip passed (T, 1), and the pixel centres' places: x (1, W) and y (1, H) in half
-    frames, -1..1.
-    """
+    """Share of the clip passed (T, 1), and pixel centres x (1, W) and y (1, H) in half frames, -1..1."""
     T, H, W = video
-    return (
-        np.arange(T)[:, None] / T,
-        (np.arange(W)[None] + 0.5) * 2 / W - 1,
-        (np.arange(H)[None] + 0.5) * 2 / H - 1,
-    )
+    x, y = ((np.arange(size)[None] + 0.5) * 2 / size - 1 for size in (W, H))
+    return np.arange(T)[:, None] / T, x, y
 
 
-def plane_waves(x, y, frequency, angle, phase, colour):
-    """Sum of n plane waves per frame: x (T, W), y (T, H), frequency, angle, phase (T, n), colour (T, n, 3).
+def plane_waves(x, y, frequency, angle, phase, weight):
+    """Sum of n plane waves per frame: x (T, W), y (T, H), frequency, angle, phase (T, n), weight (T, n, C).
 
-    cos(a + b) = cos a cos b - sin a sin b makes the whole sum one product of small matrices. Returns (T, H,
-    W, 3) float32.
+    cos(a + b) = cos a cos b - sin a sin b makes the whole sum a product of small matrices.
+    Returns (T, H, C, W) float32; columns come last because numpy is fast along its last axis.
     """
     kx, ky = 2 * np.pi * frequency * np.cos(angle), 2 * np.pi * frequency * np.sin(angle)
-    a = (kx[:, :, None] * x[:, None, :] + phase[:, :, None]).astype(np.float32)  # (T, n, W)
-    b = (y[:, :, None] * ky[:, None, :]).astype(np.float32)  # (T, H, n)
-    columns = np.concatenate([np.cos(a), np.sin(a)], axis=1)[..., None]  # (T, 2n, W, 1)
-    weights = np.concatenate([colour, -colour], axis=1).astype(np.float32)[:, :, None]  # (T, 2n, 1, 3)
+    a = (kx[:, :, None] * x[:, None] + phase[:, :, None]).astype(np.float32)[:, :, None]  # (T, n, 1, W)
+    b = (ky[:, None] * y[:, :, None]).astype(np.float32)  # (T, H, n)
+    weight = weight.astype(np.float32)[..., None]  # (T, n, C, 1)
+    columns = np.concatenate([np.cos(a) * weight, np.sin(a) * -weight], axis=1)  # (T, 2n, C, W)
     rows = np.concatenate([np.cos(b), np.sin(b)], axis=2)  # (T, H, 2n)
-    T, H, W = len(a), y.shape[1], x.shape[1]
-    return (rows @ (columns * weights).reshape(T, -1, 3 * W)).reshape(T, H, W, 3)
+    T, _, C, W = columns.shape
+    return (rows @ columns.reshape(T, -1, C * W)).reshape(T, -1, C, W)
 
 
 def draw_background(rng, video, *, motion, waves=3, speed=0.6, lowest=0.1, octaves=3, contrast=0.28):
-    """Smooth colours in motion: (T, H, W, 3) float32.
+    """Smooth colours in motion, (T, H, C, W) float32: the sum of a few plane waves in each colour channel.
 
-    waves: plane waves per colour channel, of `lowest` cycles per half frame up to `octaves` above. A wave
-    fades out at both ends of that range, so that the background zooms for ever without a seam. speed: shift
-    over the clip, in half frames.
+    lowest: frequency in cycles per half frame; the waves lie up to `octaves` above. A wave fades out at both ends of
+    that range, so that the background zooms for ever without a seam. speed: shift over the clip, in half frames.
     """
     time, x, y = axes(video)
     right, down, turns, zoom = MOTIONS[motion]
-    n, T = 3 * waves, len(time)
+    n = 3 * waves
     scale = (rng.random(n) - zoom * time) % 1  # (T, n)
     frequency = lowest * 2 ** (octaves * scale)
     angle = 2 * np.pi * (rng.random(n) + turns * time)
     shift = speed * time * (right * np.cos(angle) + down * np.sin(angle))
     phase = 2 * np.pi * (rng.random(n) - frequency * shift)
-    fade = contrast * np.sin(np.pi * scale) ** 2  # (T, n)
-    channel = np.tile(np.eye(3), (waves, 1))  # (n, 3): each wave belongs to one colour channel
-    frames = plane_waves(x.repeat(T, 0), y.repeat(T, 0), frequency, angle, phase, fade[..., None] * channel)
-    return frames + (0.35 + 0.3 * rng.random(3)).astype(np.float32)
+    weight = contrast * np.sin(np.pi * scale)[..., None] ** 2 * np.tile(np.eye(3), (waves, 1))  # (T, n, C)
+    level = (0.35 + 0.3 * rng.random((3, 1))).astype(np.float32)
+    return plane_waves(x.repeat(len(time), 0), y.repeat(len(time), 0), frequency, angle, phase, weight) + level
 
 
-def draw_object(frames, rng, *, shape, colour, size, motion, speed=1.2, contrast=0.12):
-    """Paint one textured object over the frames (T, H, W, 3), in place. speed: shift over the clip, in half
-    frames.
-    """
-    time, x, y = axes(frames.shape[:3])
+def draw_object(frames, rng, *, colour, shape, size, motion, speed=1.2, contrast=0.12):
+    """Paint one object over frames (T, H, C, W), in place. speed: shift over the clip, in half frames."""
+    T, H, _, W = frames.shape
+    time, x, y = axes((T, H, W))
     right, down, turns, zoom = MOTIONS[motion]
     place = 2 * rng.random(2)
-    x = (x - place[0] - speed * right * time) % 2 - 1  # (T, W) from the object's centre, on a torus
+    x = (x - place[0] - speed * right * time) % 2 - 1  # (T, W): from the object's centre, on a torus
     y = (y - place[1] - speed * down * time) % 2 - 1  # (T, H)
-    radius = RADII[size] * 1.4 ** ((rng.random() + zoom * time) % 1)  # (T, 1)
+    radius = RADII[size] * 1.25 ** ((rng.random() + zoom * time) % 1)  # (T, 1)
     tilt = 2 * np.pi * (rng.random() + turns * time)  # (T, 1)
 
     frequency = (0.2 + 0.3 * rng.random(2)) / radius  # (T, 2)
-    phase = 2 * np.pi * rng.random(2) + np.zeros_like(time)
-    grey = np.full((len(time), 2, 3), contrast)
-    texture = plane_waves(x, y, frequency, tilt + 2 * np.pi * rng.random(2), phase, grey)  # (T, H, W, 3)
-    texture += np.array(COLOURS[colour], np.float32)
+    phase = np.tile(2 * np.pi * rng.random(2), (T, 1))
+    grey = plane_waves(x, y, frequency, tilt + 2 * np.pi * rng.random(2), phase, np.full((T, 2, 1), contrast))
+    texture = grey + np.array(COLOURS[colour], np.float32)[:, None]  # (T, H, C, W)
 
-    x, y = x[:, None, :].astype(np.float32), y[:, :, None].astype(np.float32)
-    c, s = (f(tilt)[:, :, None].astype(np.float32) for f in (np.cos, np.sin))
-    across, along = c * x + s * y, c * y - s * x  # (T, H, W), in the object's own frame
-    if shape == "disc":
-        distance, inner = np.hypot(x, y), 1.0
-    elif shape == "square":
-        distance, inner = np.maximum(abs(across), abs(along)), np.sqrt(np.pi) / 2
-    else:  # an equilateral triangle; inner radii are such that all three shapes have the disc's area
-        distance, inner = (
-            np.maximum(np.sqrt(0.75) * abs(across) + along / 2, -along),
-            np.sqrt(np.pi / np.sqrt(27)),
-        )
-    edge = (inner * radius[:, :, None] - distance) * frames.shape[2] / 3 + 0.5  # soft over 1.5 pixels
-    frames += edge.clip(0, 1).astype(np.float32)[..., None] * (texture - frames)
+    x, y, radius, tilt = (
+        a.astype(np.float32) for a in (x[:, None], y[..., None], radius[..., None], tilt[..., None])
+    )
+    # The reach of each shape gives it the area of a disc of the same radius.
+    if shape == "cross":  # of two bars, three times as long as wide
+        across, along = (abs(np.cos(t) * x + np.sin(t) * y) for t in (tilt, tilt + np.float32(np.pi / 2)))
+        distance = np.maximum(np.maximum(across, along), 3 * np.minimum(across, along))  # (T, H, W)
+        reach = radius * math.sqrt(9 * math.pi / 20)
+    else:
+        distance, reach = np.sqrt(x * x + y * y), radius  # (T, H, W), (T, 1, 1)
+        if shape == "ring":  # with a hole of .55 of its reach
+            reach = radius / math.sqrt(1 - 0.55**2)
+            distance = np.maximum(distance, 1.55 * reach - distance)
+    edge = ((reach - distance) * (W / 3) + 0.5).clip(0, 1)  # soft over 1.5 pixels
+    texture -= frames
+    texture *= edge[:, :, None]
+    frames += texture
+
+
+# ---- generated clips: the paper's gratings ----
+
+ANGLES = tuple(range(0, 360, 30))
+HUES = {"gray": (1, 1, 1), "red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "orange": (1, 0.5, 0)}
+SINGLE = {  # values of each stimulus parameter, in the paper's product order: the last one changes fastest
+    "sf": (4, 8, 12, 16, 20, 24),  # spatial frequency, cycles per width
+    "theta": ANGLES,  # degrees
+    "tf": (0.5, 1, 2, 4, 6, 8),  # Hz; at 6.25 frames per second, 4, 6 and 8 Hz alias
+    "contrast": (0.2, 0.4, 0.6, 0.8, 1.0),
+    "colour": tuple(HUES),
+}
+DOUBLE = {
+    "sf_left": (4, 10, 16),
+    "sf_right": (4, 10, 16),
+    "theta_left": ANGLES,
+    "delta": (0, 45, 90, 135),  # theta_right = theta_left + delta
+    "tf": (2, 5, 8),
+    "contrast": (0.33, 0.67, 1.0),
+    "colour": ("gray", "red", "green", "blue"),
+}
+
+
+def drifting_grating(*, sf, theta, tf, contrast, colour, video=(16, 128, 128), rate=6.25):
+    """A drifting grating (Sec. 4): (T, H, W, 3) float32, values -1..1 times the colour vector.
+
+    Frame i = contrast * sin(2 pi (sf / 2) x' + 2 pi tf / rate * i), x' = x cos(theta) + y sin(theta), with x
+    and y from -1 to 1 over the frame. sf in cycles per width, theta in degrees, tf in Hz, rate in frames per
+    second.
+    """
+    T, H, W = video
+    x, y = np.linspace(-1, 1, W)[None, None], np.linspace(-1, 1, H)[None, :, None]
+    along = x * math.cos(math.radians(theta)) + y * math.sin(math.radians(theta))
+    time = np.arange(T)[:, None, None] / rate
+    wave = contrast * np.sin((np.pi * sf * along + 2 * np.pi * tf * time).astype(np.float32))
+    return wave[..., None].astype(np.float32) * np.array(HUES[colour], np.float32)
+
+
+class Gratings:
+    """The paper's stimuli (Sec. 4): 10,800 drifting gratings, or 15,552 with another one in each half of the frame.
+
+    Differs from paper: contrast and colour labels are the true ones. The released evaluation truncates
+    contrasts to integers and mixes up colours, so that its means end near 84 %.
+    """
+
+    def __init__(self, *, double=False, video=(16, 128, 128)):
+        self.double, self.video = double, tuple(video)
+        self.parameters = DOUBLE if double else SINGLE
+        self.labels = dict(SINGLE)
+        if double:
+            sides = {"sf_left": DOUBLE["sf_left"], "sf_right": DOUBLE["sf_right"]}
+            sides |= {"sf_difference": (-12, -6, 0, 6, 12), "higher_side": ("left", "right", "equal")}
+            angles = {"theta_left": ANGLES, "theta_right": tuple(range(0, 360, 15)), "delta": DOUBLE["delta"]}
+            self.labels = sides | {"sf_match": ("no", "yes")} | angles | {"theta_match": ("no", "yes")}
+
+    def __len__(self):
+        return math.prod(map(len, self.parameters.values()))
+
+    def name(self, index):
+        """What to call clip `index`: its parameters."""
+        return ", ".join(f"{name} {value}" for name, value in self.stimulus(index).items())
+
+    def stimulus(self, index):
+        """Parameters of clip `index`, by name."""
+        numbers = np.unravel_index(index, [len(values) for values in self.parameters.values()])
+        return {name: values[number] for (name, values), number in zip(self.parameters.items(), numbers)}
+
+    def targets(self, index):
+        """The class number of clip `index` in each of `labels`."""
+        of = self.stimulus(index)
+        if self.double:
+            left, right, delta = of["sf_left"], of["sf_right"], of["delta"]
+            of |= {"sf_difference": right - left, "theta_right": (of["theta_left"] + delta) % 360}
+            of["higher_side"] = "equal" if left == right else "left" if left > right else "right"
+            of |= {"sf_match": "yes" if left == right else "no", "theta_match": "yes" if delta == 0 else "no"}
+        return tuple(values.index(of[name]) for name, values in self.labels.items())
+
+    def read(self, index, rng=None):
+        """Clip `index`, (T, H, W, C) uint8: values -1..1 become 0..255. Nothing is random: rng is unused."""
+        of = self.stimulus(index)
+        if self.double:
+            same = {"tf": of["tf"], "contrast": of["contrast"], "colour": of["colour"], "video": self.video}
+            frames = drifting_grating(sf=of["sf_left"], theta=of["theta_left"], **same)
+            right = drifting_grating(sf=of["sf_right"], theta=(of["theta_left"] + of["delta"]) % 360, **same)
+            half = self.video[2] // 2
+            frames[:, :, half:] = right[:, :, half:]
+        else:
+            frames = drifting_grating(**of, video=self.video)
+        return np.rint((frames + 1) * 127.5).astype(np.uint8)
 
 
 # ---- video files ----
@@ -306,8 +387,8 @@ class Videos:
             which = "; ".join(f"{path} ({why})" for path, why in list(self.broken.items())[:10])
             more = f" and {len(self.broken) - 10} more" if len(self.broken) > 10 else ""
             raise ValueError(
-                f"{len(self.broken)} of {self.total} videos cannot be read, more than {MAX_BROKEN:.0%}: {which}{more}. "
-                "Repair them, move them away, or leave them out with --list (its paths are relative to --data)."
+                f"{len(self.broken)} of {self.total} videos cannot be read, more than {MAX_BROKEN:.0%}: {which}"
+                f"{more}. Repair them, move them away, or leave them out with --list."
             )
         return new
 
@@ -506,9 +587,10 @@ class Stream(torch.utils.data.Dataset):
 
 def collate(samples):
     """Samples to a batch: video (B, T, H, W, C) uint8, index [B], broken {path: reason}."""
+    read = [sample for sample in samples if sample["video"] is not None]
     return {
-        "video": torch.stack([sample["video"] for sample in samples]),
-        "index": [sample["index"] for sample in samples],
+        "video": torch.stack([sample["video"] for sample in read]) if read else None,
+        "index": [sample["index"] for sample in read],
         "broken": {path: why for sample in samples for path, why in sample["broken"].items()},
     }
 
@@ -524,6 +606,29 @@ def loader(source, *, batch, first=0, last, seed=0, workers=0, pin_memory=False)
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
+    )
+
+
+class Ordered(torch.utils.data.Dataset):
+    """The clips of a source in order, read as for evaluation. A broken file gives no clip, only its reason."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        try:
+            return {"video": torch.from_numpy(self.source.read(index)), "index": index, "broken": {}}
+        except READ_ERRORS as error:
+            return {"video": None, "index": index, "broken": {self.source.name(index): reason(error)}}
+
+
+def evaluation_loader(source, *, batch=32, workers=0):
+    """Batches as from loader(), of every clip once and in order; broken files are left out."""
+    return torch.utils.data.DataLoader(
+        Ordered(source), batch_size=batch, num_workers=workers, collate_fn=collate
     )
 
 
@@ -552,7 +657,7 @@ def draw_text(image, text, *, top, left, scale=2):
 
 def tile(rows):
     """One image (H, W, C) from rows of pictures, {title: (n, H, W, C) uint8}. Small ones are enlarged."""
-    zoom = max(1, 96 // next(iter(rows.values())).shape[1])
+    zoom = max(1, 128 // next(iter(rows.values())).shape[1])
     margin = 8 * max(map(len, rows)) + 16
     strips = []
     for title, pictures in rows.items():

@@ -32,7 +32,7 @@ from model import SIZES, normalized_targets, patchify, take, tube_mask, unpatchi
 
 # tiny and small: the paper's recipe (Sec. 3.2, 3.4). Paper does not say: batch size. nano: ours, for a CPU.
 RECIPES = {
-    "nano": {"steps": 1500, "batch": 32, "lr": 1e-3},
+    "nano": {"steps": 3000, "batch": 16, "lr": 1e-3},
     "tiny": {"epochs": 150, "batch": 128, "lr": 1e-4},
     "small": {"epochs": 300, "batch": 128, "lr": 1e-4},
     "base": {"epochs": 300, "batch": 128, "lr": 1e-4},
@@ -74,9 +74,9 @@ class Config:
         None, "passes over the data (paper: tiny 150, small 300), per stage in sequential", 0
     )
     steps: int | None = option(
-        None, "optimizer steps, instead of --epochs, per stage in sequential (nano: 1500)", 1
+        None, "optimizer steps, instead of --epochs, per stage in sequential (nano: 3000)", 1
     )
-    batch: int | None = option(None, "clips in one optimizer step (tiny, small: 128; nano: 32)", 1)
+    batch: int | None = option(None, "clips in one optimizer step (tiny, small: 128; nano: 16)", 1)
     accumulate: int = option(1, "parts that a batch is computed in, to save memory", 1)
     lr: float | None = option(None, "highest learning rate (paper: 1e-4; nano: 1e-3)", 0)
     min_lr: float = option(1e-6, "learning rate at the end of the cosine", 0)
@@ -154,7 +154,7 @@ def parse(arguments=None):
 
 
 def complete(config):
-    """Fill in what was left open: device, dtype, recipe of the size, name of the run. Returns the device, said."""
+    """Fill in what was left open: device, dtype, recipe of the size, name of the run. Returns the device."""
     wanted, why = config.device, "as asked"
     if wanted == "auto":
         if torch.cuda.is_available():

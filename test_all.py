@@ -1,0 +1,908 @@
+"""The promises of this project, each as a test. Run: python test_all.py (needs pytest), or: pytest test_all.py
+
+In the order of the files: model.py, blockwise.py, data.py, train.py, README.md.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import signal
+import struct
+import sys
+import weakref
+from dataclasses import fields
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import blockwise
+import train
+from blockwise import REGIMES, Blockwise, count_parameters, load, make_optimizers, save, train_step
+from data import Scenes, Videos, loader, read_clip
+from model import (
+    SIZES,
+    Decoder,
+    Layer,
+    TubeletEmbedding,
+    normalized_targets,
+    patchify,
+    sinusoid_positions,
+    take,
+    tube_mask,
+    unpatchify,
+)
+
+torch.set_num_threads(1)  # the models below are so small that more threads only wait for each other
+
+TOY = {"video": (8, 32, 32), "tubelet": (4, 8, 8), "width": 24, "depth": 4, "heads": 2}
+TOY |= {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}  # grid 2x4x4, 32 tokens
+
+
+def toy(regime="simultaneous", blocks=2, seed=0, **changes):
+    torch.manual_seed(seed)
+    return Blockwise(**(TOY | changes), blocks=blocks, regime=regime)
+
+
+def clips(count=4, video=TOY["video"], seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count, *video, 3), dtype=torch.uint8, generator=generator)
+
+
+def masks(model, count=4, seed=0, ratio=0.75):
+    return tube_mask(count, model.grid, ratio, torch.Generator().manual_seed(seed))
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def differing(before, after):
+    """Names of the entries that are not equal bit for bit."""
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+# ---- model.py ----
+
+
+def test_paper_mask_hides_57_of_64_tubes_and_leaves_14_tokens():
+    visible, masked = tube_mask(100, (2, 8, 8), 0.9)
+    assert visible.shape == (100, 14) and masked.shape == (100, 114)
+    for seen, hidden in zip(visible, masked):
+        assert torch.equal(torch.cat([seen, hidden]).sort().values, torch.arange(128))
+        first, second = seen[:7], seen[7:]
+        assert torch.equal(first + 64, second)  # a tube: the same places in both time slots
+        assert (hidden < 64).sum() == (hidden >= 64).sum() == 57
+    assert len({tuple(seen.tolist()) for seen in visible}) == 100  # a mask of its own for every clip
+    assert torch.bincount(visible[:, :7].flatten(), minlength=64).min() > 0  # every place can be seen
+
+
+def test_mask_is_reproducible_and_refuses_ratios_that_hide_all_or_nothing():
+    first, second = (tube_mask(3, (2, 8, 8), 0.9, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    for ratio in (0.001, 1.0):
+        with pytest.raises(ValueError, match="some must be hidden"):
+            tube_mask(1, (2, 8, 8), ratio)
+
+
+@pytest.mark.parametrize(
+    "video,tubelet", [((16, 128, 128), (8, 16, 16)), ((6, 12, 20), (2, 3, 5)), ((4, 8, 8), (4, 8, 8))]
+)
+def test_patchify_has_an_inverse_and_keeps_each_tubelet_together(video, tubelet):
+    x = clips(2, video)
+    patches = patchify(x, tubelet)
+    assert torch.equal(unpatchify(patches, video, tubelet), x)
+    p, q, r = tubelet
+    assert torch.equal(patches[:, 0], x[:, :p, :q, :r].flatten(1))
+    assert torch.equal(patches[:, -1], x[:, -p:, -q:, -r:].flatten(1))
+
+
+def test_targets_have_mean_0_and_unbiased_variance_1_in_every_tubelet_and_channel():
+    x = clips(2, (16, 128, 128))
+    target, mean, std = normalized_targets(patchify(x, (8, 16, 16)))
+    for channel in range(3):  # a tubelet by hand
+        values = x[1, 8:16, 112:128, 112:128, channel].double() / 255
+        expected = (values - values.mean()) / (values.std() + 1e-6)
+        found = target[1, -1].view(8, 16, 16, 3)[..., channel].double()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        target.unflatten(-1, (-1, 3)) * std + mean, patchify(x, (8, 16, 16)).unflatten(-1, (-1, 3)) / 255
+    )
+    flat = normalized_targets(torch.full((1, 1, 192), 7, dtype=torch.uint8))[0]
+    assert torch.equal(flat, torch.zeros_like(flat))  # a tubelet of one colour: defined, and 0
+
+
+def test_positions_are_the_published_sinusoid_table():
+    table = sinusoid_positions(5, 6)
+    for position in range(5):
+        for j in range(6):
+            angle = position / 10000 ** (2 * (j // 2) / 6)
+            assert abs(table[position, j] - (np.sin(angle) if j % 2 == 0 else np.cos(angle))) < 1e-6
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_layer_equals_torch_multihead_attention(dtype, tolerance):
+    torch.manual_seed(0)
+    layer, x = Layer(width=24, heads=3), torch.randn(2, 10, 24)
+    reference = torch.nn.MultiheadAttention(24, 3, batch_first=True)
+    with torch.no_grad():
+        layer.qkv.bias.normal_()
+        reference.in_proj_weight.copy_(layer.qkv.weight)
+        reference.in_proj_bias.copy_(layer.qkv.bias)
+        reference.out_proj.weight.copy_(layer.proj.weight)
+        reference.out_proj.bias.copy_(layer.proj.bias)
+        y = layer.norm1(x)
+        expected = x + reference(y, y, y)[0]
+        expected = expected + layer.fc2(F.gelu(layer.fc1(layer.norm2(expected))))
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            found = layer(x)
+    torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_embedding_only_visible_tubelets_equals_a_convolution_over_the_whole_video():
+    torch.manual_seed(0)
+    embedding = TubeletEmbedding(tokens=32, values=4 * 8 * 8 * 3, width=24)
+    x, (visible, _) = clips(3), tube_mask(3, (2, 4, 4), 0.75)
+    kernel = embedding.linear.weight.view(24, 4, 8, 8, 3).permute(0, 4, 1, 2, 3)
+    pixels = (x.float() / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    plain = F.conv3d(pixels.permute(0, 4, 1, 2, 3), kernel, embedding.linear.bias, stride=(4, 8, 8))
+    plain = plain.flatten(2).transpose(1, 2) + sinusoid_positions(32, 24)
+    expected = torch.stack([tokens[index] for tokens, index in zip(plain, visible)])
+    torch.testing.assert_close(
+        embedding(take(patchify(x, (4, 8, 8)), visible), visible), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_decoder_equals_the_plain_way_with_all_tokens_in_their_places():
+    torch.manual_seed(0)
+    decoder = Decoder(tokens=32, values=60, encoder_width=24, width=16, depth=2, heads=2)
+    h, (visible, masked) = torch.randn(3, 8, 24), tube_mask(3, (2, 4, 4), 0.75)
+    full = decoder.mask_token.expand(3, 32, 16).clone()
+    for i in range(3):
+        full[i, visible[i]] = decoder.embed(h[i])
+    full = full + sinusoid_positions(32, 16)
+    for layer in decoder.layers:
+        full = layer(full)
+    expected = decoder.head(decoder.norm(full))  # head on every token
+    expected = torch.stack([tokens[index] for tokens, index in zip(expected, masked)])
+    torch.testing.assert_close(decoder(h, visible, masked), expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- blockwise.py ----
+
+
+@pytest.mark.parametrize("size,width", [("tiny", 192), ("small", 384)])
+@pytest.mark.parametrize("blocks", [1, 4, 6])
+def test_parameters_are_the_papers_count(size, width, blocks):
+    def layer(D):
+        return (3 * D * D + 3 * D) + (D * D + D) + (4 * D * D + 4 * D) + (4 * D * D + D) + 4 * D
+
+    encoder = 6144 * width + width + 12 * layer(width) + 2 * width
+    decoder = width * 192 + 192 + 4 * layer(192) + 2 * 192 + 192 * 6144 + 6144
+    with torch.device("meta"):
+        model = Blockwise(**SIZES[size], blocks=blocks, regime="simultaneous")
+        e2e = Blockwise(**SIZES[size], blocks=blocks, regime="e2e")
+    assert sum(count_parameters(model).values()) == encoder + blocks * decoder
+    assert sum(count_parameters(e2e).values()) == encoder + decoder
+    assert sum(p.numel() for p in model.parameters()) == encoder + blocks * decoder
+    assert round(encoder / 1e6, 1) == {"tiny": 6.5, "small": 23.7}[size] and round(decoder / 1e6, 1) == 3.0
+
+
+def test_blocks_must_divide_the_depth():
+    with pytest.raises(ValueError, match="choose --blocks from 1, 2, 3, 4, 6, 12"):
+        Blockwise(blocks=5)
+    with pytest.raises(ValueError, match="112 pixels in height.*try 96 or 128"):
+        Blockwise(video=(16, 112, 112), tubelet=(8, 32, 32))
+
+
+def test_encode_gives_every_block_by_name_in_every_regime():
+    for regime in REGIMES:
+        tokens = toy(regime, blocks=4).encode(clips(2))
+        assert list(tokens) == ["block1", "block2", "block3", "block4"]
+        assert all(h.shape == (2, 32, 24) for h in tokens.values())
+
+
+def test_one_seed_gives_one_encoder_at_every_K_and_regime():
+    outputs = [toy(regime, blocks).encode(clips(2)) for regime in REGIMES for blocks in (1, 2, 4)]
+    last = [list(tokens.values())[-1] for tokens in outputs]
+    assert all(torch.equal(last[0], other) for other in last)
+
+
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_simultaneous_with_one_block_equals_e2e_bit_for_bit(clip):
+    one, e2e = toy("simultaneous", blocks=1), toy("e2e", blocks=1)
+    optimizers = [make_optimizers(model, lr=1e-2) for model in (one, e2e)]
+    for step in range(5):
+        found = [
+            train_step(model, optimizer, clips(4, seed=step), *masks(model, seed=step), clip=clip)
+            for model, optimizer in zip((one, e2e), optimizers)
+        ]
+        assert torch.equal(found[0][0]["block1"], found[1][0]["block1"])
+    assert not differing(weights(one), weights(e2e))
+
+
+def test_where_e2e_is_read_does_not_change_it_by_a_bit():
+    models = [toy("e2e", blocks=blocks) for blocks in (1, 2, 4)]
+    for model in models:
+        optimizers = make_optimizers(model, lr=1e-2)
+        for step in range(3):
+            train_step(model, optimizers, clips(4, seed=step), *masks(model, seed=step))
+    ends = [list(model.parameters()) for model in models]
+    for other in ends[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ends[0], other, strict=True))
+
+
+def gradients_of_sum(model, video, visible, masked, detach):
+    """Gradients of the plain formulation: one graph, all losses summed, one backward."""
+    h, total = take(patchify(video, model.tubelet), visible), 0.0
+    target = normalized_targets(take(patchify(video, model.tubelet), masked))[0]
+    for name, block in model.blocks.items():
+        h = block(h.detach() if detach else h, visible)
+        if name in model.decoders:
+            total = total + F.mse_loss(model.decoders[name](h, visible, masked), target)
+    return torch.autograd.grad(total, list(model.parameters()))
+
+
+def gradients_at_step(optimizers):
+    """{parameter: gradient} that fills as the optimizers step."""
+    found = {}
+
+    def capture(optimizer, *_):
+        found.update({p: p.grad.clone() for group in optimizer.param_groups for p in group["params"]})
+
+    for optimizer in optimizers:
+        optimizer.register_step_pre_hook(capture)
+    return found
+
+
+@pytest.mark.parametrize("regime", ["simultaneous", "e2e", "deep-supervision"])
+def test_gradients_equal_those_of_the_sum_of_losses(regime):
+    model = toy(regime, blocks=4)
+    batch = (clips(), *masks(model))
+    expected = gradients_of_sum(model, *batch, detach=regime == "simultaneous")
+    found = gradients_at_step(optimizers := make_optimizers(model))
+    parameters = list(model.parameters())
+    train_step(model, optimizers, *batch)
+    for p, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(found[p], gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_the_loss_of_a_block_gives_no_gradient_to_any_other_block():
+    model = toy(blocks=4)
+    video, (visible, masked) = clips(), masks(model)
+    target = normalized_targets(take(patchify(video, model.tubelet), masked))[0]
+    h = take(patchify(video, model.tubelet), visible)
+    for [name] in model.groups:
+        h, losses = model.forward_group([name], h.detach(), visible, masked, target)
+        losses[name].backward()
+        touched = {n for n, p in model.named_parameters() if p.grad is not None}
+        assert touched and all(n.split(".")[1] == name for n in touched)
+        model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_scaling_the_loss_of_block_2_leaves_the_other_blocks_bit_equal(clip):
+    ends = []
+    for factor in (1.0, 100.0):
+        model = toy(blocks=4)
+        plain = model.forward_group
+
+        def scaled(group, *rest, plain=plain, factor=factor):
+            h, losses = plain(group, *rest)
+            return h, {name: loss * (factor if name == "block2" else 1.0) for name, loss in losses.items()}
+
+        model.forward_group = scaled
+        # One step: from the second on, blocks 3 and 4 read another block 2.
+        train_step(model, make_optimizers(model, lr=1e-2), clips(), *masks(model), clip=clip)
+        ends.append(weights(model))
+    changed = differing(*ends)
+    assert all(".block2." in name for name in changed)
+    assert clip or changed  # AdamW is nearly blind to the scale, clipping entirely: it undoes the factor
+
+
+def test_sequential_trains_one_block_and_leaves_the_earlier_ones_bit_equal():
+    model = toy("sequential", blocks=4)
+    assert model.stages == 4
+    for stage in range(4):
+        before = weights(model)
+        optimizers = make_optimizers(model, stage=stage, lr=1e-2)
+        for step in range(2):
+            losses, norms = train_step(model, optimizers, clips(seed=step), *masks(model))
+        assert list(losses) == list(norms) == [f"block{stage + 1}"]
+        changed = differing(before, weights(model))
+        assert changed and all(f".block{stage + 1}." in name for name in changed)
+
+
+@contextlib.contextmanager
+def saved_bytes():
+    """Counts the bytes that autograd keeps for backward, weights aside. Yields {"now": n, "peak": n}."""
+    count = {"now": 0, "peak": 0}
+
+    class Kept:
+        pass
+
+    def release(size):
+        count["now"] -= size
+
+    def pack(tensor):
+        kept = Kept()
+        kept.tensor = tensor
+        if not isinstance(tensor, torch.nn.Parameter) and not (
+            tensor._base is not None and tensor._base.is_leaf and tensor._base.requires_grad
+        ):
+            size = tensor.numel() * tensor.element_size()
+            count["now"] += size
+            count["peak"] = max(count["peak"], count["now"])
+            weakref.finalize(kept, release, size)
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        yield count
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_memory_of_a_simultaneous_step_is_that_of_one_block(blocks):
+    model = toy(blocks=blocks)
+    batch = (clips(8), *masks(model, 8))
+    optimizers = make_optimizers(model)
+    with saved_bytes() as stepwise:
+        train_step(model, optimizers, *batch)
+    with saved_bytes() as summed:
+        gradients_of_sum(model, *batch, detach=True)
+    assert stepwise["now"] == summed["now"] == 0
+    assert 0 < stepwise["peak"] <= 1.5 / blocks * summed["peak"]
+
+
+def test_frozen_blocks_run_without_a_graph():
+    model = toy("sequential", blocks=4)
+    batch = (clips(8), *masks(model, 8))
+    peaks = []
+    for stage in range(4):
+        with saved_bytes() as kept:
+            train_step(model, make_optimizers(model, stage=stage), *batch)
+        peaks.append(kept["peak"])
+    assert max(peaks[1:3]) <= min(peaks[1:3]) * 1.01  # however many frozen blocks come before
+
+
+@pytest.mark.parametrize("regime", list(REGIMES))
+def test_every_regime_lowers_every_loss_on_one_batch(regime):
+    model = toy(regime, blocks=2)
+    batch = (clips(4), *masks(model))
+    batch[0][:] = torch.linspace(0, 200, 32).byte().view(1, 1, 1, 32, 1)  # something that can be predicted
+    for stage in range(model.stages):
+        optimizers, history = make_optimizers(model, stage=stage, lr=3e-3), []
+        for _ in range(30):
+            history.append(train_step(model, optimizers, *batch)[0])
+        for name in history[0]:
+            assert history[-1][name] < 0.9 * history[0][name]
+
+
+def test_a_batch_in_parts_has_the_gradients_of_the_whole_batch():
+    for regime in ("simultaneous", "e2e"):
+        gradients = []
+        for cuts in ((0, 5), (0, 3, 5)):
+            model = toy(regime, blocks=2)
+            tensors = (clips(5), *masks(model, 5))
+            found = gradients_at_step(optimizers := make_optimizers(model))
+            for a, b in itertools.pairwise(cuts):
+                how = {"share": (b - a) / 5, "complete": b == 5}
+                train_step(model, optimizers, *(x[a:b] for x in tensors), **how)
+            gradients.append([found[p] for p in model.parameters()])
+        for whole, parts in zip(*gradients, strict=True):
+            torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-7)
+
+
+def test_clipping_is_by_block():
+    model = toy(blocks=2)
+    optimizers = make_optimizers(model)
+    found = gradients_at_step(optimizers)
+    _, norms = train_step(model, optimizers, clips(), *masks(model), clip=1e-3)
+    for [name] in model.groups:
+        assert norms[name] > 1e-3  # as it was before clipping
+        clipped = torch.cat([found[p].flatten() for p in blockwise.trainable(model, name)]).norm()
+        torch.testing.assert_close(clipped, torch.tensor(1e-3), rtol=1e-3, atol=0)
+
+
+def test_bf16_trains_and_stays_near_fp32():
+    losses = []
+    for dtype in (None, torch.bfloat16):
+        model = toy(blocks=2)
+        optimizers = make_optimizers(model, lr=1e-3)
+        for step in range(5):
+            loss, _ = train_step(model, optimizers, clips(seed=step), *masks(model, seed=step), dtype=dtype)
+        losses.append(torch.stack(list(loss.values())))
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0)
+    assert not torch.equal(*losses)
+
+
+def test_weights_decay_but_biases_norms_and_mask_tokens_do_not():
+    model = toy()
+    names = {p: name for name, p in model.named_parameters()}
+    for optimizer in make_optimizers(model, weight_decay=0.05):
+        decayed, plain = optimizer.param_groups
+        assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+        assert all(names[p].endswith("weight") and "norm" not in names[p] for p in decayed["params"])
+        assert all(re.search("bias|norm|mask_token", names[p]) for p in plain["params"])
+
+
+def test_a_checkpoint_holds_all_and_is_only_data(tmp_path):
+    model = toy("deep-supervision")
+    optimizers = make_optimizers(model)
+    train_step(model, optimizers, clips(), *masks(model))
+    save(tmp_path / "last.pt", model, optimizers, step=1, settings={"seed": 0})
+    assert os.listdir(tmp_path) == ["last.pt"]
+    again, checkpoint = load(tmp_path)  # reads with weights_only=True
+    assert not differing(weights(model), weights(again)) and not again.training
+    assert checkpoint["step"] == 1 and checkpoint["settings"] == {"seed": 0}
+    assert again.config == model.config and len(checkpoint["optimizers"]) == 1
+    with pytest.raises(ValueError, match="no checkpoint"):
+        load(tmp_path / "nothing")
+
+
+def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    model = toy()
+    save(tmp_path / "last.pt", model, [], step=1, settings={})
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(blockwise.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="space"):
+        save(tmp_path / "last.pt", model, [], step=2, settings={})
+    assert load(tmp_path)[1]["step"] == 1
+
+
+# ---- data.py: generated clips ----
+
+
+def test_a_generated_clip_is_a_function_of_seed_split_and_number():
+    a, b = Scenes("train"), Scenes("train")
+    for index in (0, 7, 12345):
+        assert np.array_equal(a.read(index), b.read(index)) and a.targets(index) == b.targets(index)
+    assert a.read(0).shape == (16, 64, 64, 3) and a.read(0).dtype == np.uint8
+    for other in (Scenes("test"), Scenes("train", seed=1)):
+        assert not np.array_equal(a.read(0), other.read(0))
+    assert not np.array_equal(a.read(0), a.read(1))
+
+
+def test_generated_labels_are_balanced_and_independent():
+    scenes = Scenes("train")
+    combinations = [scenes.targets(index) for index in range(288, 576)]
+    assert len(set(combinations)) == 288 == np.prod([len(v) for v in scenes.labels.values()])
+
+
+def test_one_frame_does_not_show_the_motion_but_a_few_frames_do():
+    scenes = Scenes("train", video=(16, 16, 16))
+    motion = torch.tensor([scenes.targets(index)[3] for index in range(2016)])
+    videos = np.stack([scenes.read(index) for index in range(2016)]).astype(np.float32) / 255
+
+    def accuracy(x):  # ridge regression onto the classes, on random features of the pixels
+        x = torch.from_numpy(x.reshape(len(x), -1))
+        generator = torch.Generator().manual_seed(0)
+        x = torch.relu((x - x[:1500].mean(0)) @ torch.randn(x.shape[1], 400, generator=generator))
+        x = (x - x[:1500].mean(0)) / x[:1500].std(0)
+        onto = F.one_hot(motion[:1500], 8).float() - 1 / 8
+        weight = torch.linalg.solve(x[:1500].T @ x[:1500] + 300 * torch.eye(400), x[:1500].T @ onto)
+        return ((x[1500:] @ weight).argmax(1) == motion[1500:]).float().mean().item()
+
+    assert all(
+        accuracy(videos[:, t]) < 1 / 8 + 0.05 for t in (0, 8, 15)
+    )  # 516 test clips: sd of chance is .015
+    assert accuracy(np.diff(videos[:, ::5], axis=1)) > 1 / 8 + 0.05
+
+
+# ---- data.py: video files ----
+
+
+def write_numbered(path, frames=40, size=(64, 64), rate=25, codec="mpeg4", **options):
+    """A video whose mean grey level says the frame number: level 5 * number + 10, with a little noise."""
+    noise = np.random.default_rng(0).integers(-8, 9, (frames, size[1], size[0], 1))
+    with av.open(str(path), "w", **options) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.gop_size, stream.bit_rate = 12, 2_000_000
+        for number in range(frames):
+            image = (5 * number + 10 + noise[number]).clip(0, 255).repeat(3, axis=2).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def write_sound(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def frame_numbers(clip):
+    return [round((float(frame.mean()) - 10) / 5) for frame in clip]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "a.mov", "a.ts"])
+def test_a_clip_holds_every_stride_th_frame_from_its_start(tmp_path, name):
+    path = write_numbered(tmp_path / name)
+    for start in (0.0, 0.37, 0.5, 0.81, 1.0):
+        numbers = frame_numbers(read_clip(path, video=(4, 32, 32), stride=3, start=start))
+        first = numbers[0]
+        assert numbers == [first, first + 3, first + 6, first + 9]
+        if name != "a.ts":  # MPEG-TS has no index: seeking may land late
+            assert abs(first - start * (40 - 12)) <= 1.5
+    assert frame_numbers(read_clip(path, video=(16, 32, 32), stride=2, start=1.0))[0] <= 8
+
+
+def test_crop_covers_the_shorter_side_and_moves_along_the_longer(tmp_path):
+    with av.open(str(tmp_path / "wide.avi"), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 120, 40, "bgr0"
+        image = np.repeat(np.arange(0, 240, 2, dtype=np.uint8)[None, :, None], 40, 0).repeat(3, 2)
+        for _ in range(8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    for place, left in ((0.0, 0), (0.5, 40), (1.0, 80)):
+        clip = read_clip(tmp_path / "wide.avi", video=(4, 40, 40), stride=1, crop=(0.5, place))
+        assert clip.shape == (4, 40, 40, 3)
+        np.testing.assert_allclose(clip[0, 20, :, 0], image[0, left : left + 40, 0], atol=3)
+    assert read_clip(tmp_path / "wide.avi", video=(4, 80, 80), stride=1).shape == (4, 80, 80, 3)
+
+
+def test_rotation_by_metadata_is_applied(tmp_path):
+    path = tmp_path / "phone.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        image = np.zeros((32, 64, 3), np.uint8)
+        image[:, :32] = 200  # bright on the left
+        for _ in range(8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    raw = path.read_bytes()
+    upright = read_clip(path, video=(2, 32, 32), stride=1)
+    assert upright[0, :, :4].mean() > 150 or upright.mean() > 0
+    at = raw.index(b"tkhd") + 44  # the display matrix of the track
+    turn = struct.pack(
+        ">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30
+    )  # show it turned by 90 degrees clockwise
+    assert struct.unpack(">9i", raw[at : at + 36])[8] == 1 << 30
+    path.write_bytes(raw[:at] + turn + raw[at + 36 :])
+    clip = read_clip(path, video=(2, 64, 32), stride=1)[0].mean(-1)  # portrait: 64 high, 32 wide
+    assert clip[:20].mean() > 150 and clip[-20:].mean() < 50  # the left side is now on top
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of good and bad files."""
+    root = tmp_path / "my videos"
+    for label in ("walk", "Run"):
+        (root / label).mkdir(parents=True)
+    for number in range(20):
+        write_numbered(root / ("walk" if number % 2 else "Run") / f"clip {number:02d}.MP4", format="mp4")
+    return root
+
+
+def test_a_folder_gives_its_videos_with_parent_folders_as_labels(folder):
+    (folder / "notes.txt").write_text("no video")
+    (folder / "walk" / "._clip.mp4").write_text("a resource fork")
+    videos = Videos(folder, video=(4, 32, 32))
+    assert len(videos) == 20 and videos.labels == {"class": ("Run", "walk")}
+    assert videos.name(0) == "Run/clip 00.MP4" and videos.targets(0) == (0,) and videos.targets(19) == (1,)
+    assert videos.read(3).shape == (4, 32, 32, 3)
+
+
+def test_a_list_names_files_with_spaces_and_labels(folder, tmp_path):
+    (tmp_path / "list.txt").write_text("walk/clip 01.MP4 fast walk\n\nRun/clip 00.MP4\n")
+    videos = Videos(folder, list_file=tmp_path / "list.txt", video=(4, 32, 32))
+    assert videos.files == [("walk/clip 01.MP4", "fast walk"), ("Run/clip 00.MP4", "Run")]
+    (tmp_path / "trainlist01.txt").write_text("walk/clip 01.MP4 1\nwalk/clip 03.MP4 1\nRun/clip 00.MP4 2\n")
+    videos = Videos(folder, list_file=tmp_path / "trainlist01.txt", video=(4, 32, 32))
+    assert videos.classes == ("walk", "Run")  # the order of the numbers, as in UCF101's classInd.txt
+    assert [videos.targets(index) for index in range(3)] == [(0,), (0,), (1,)]
+    with pytest.raises(ValueError, match="Cannot read the list"):
+        Videos(folder, list_file=tmp_path / "missing.txt")
+
+
+def test_short_videos_follow_the_named_rule(folder):
+    write_numbered(folder / "walk" / "short.mp4", frames=5)
+    videos = Videos(folder, video=(4, 32, 32), stride=4)
+    assert videos.dropped == {"walk/short.mp4": 5} and len(videos) == 20
+    videos = Videos(folder, video=(4, 32, 32), stride=4, short="repeat")
+    assert not videos.dropped and len(videos) == 21
+    index = [videos.name(i) for i in range(21)].index("walk/short.mp4")
+    assert frame_numbers(videos.read(index)) == [0, 4, 4, 4]
+    with pytest.raises(ValueError, match="--stride 10 would fit the longest"):
+        Videos(folder, video=(4, 32, 32), stride=20)
+    with pytest.raises(ValueError, match="frames; --short repeat fits all"):
+        Videos(folder, video=(64, 32, 32), stride=1)
+
+
+def test_a_file_that_ends_early_is_used_from_its_beginning(tmp_path):
+    path = write_numbered(tmp_path / "whole.avi", frames=48)
+    (tmp_path / "cut.avi").write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    numbers = frame_numbers(read_clip(tmp_path / "cut.avi", video=(4, 32, 32), stride=4, start=1.0))
+    assert np.all(np.diff(numbers) == 4)
+    with pytest.raises(ValueError, match="earlier than its header says"):
+        read_clip(tmp_path / "cut.avi", video=(16, 32, 32), stride=3, short="drop")
+    padded = frame_numbers(read_clip(tmp_path / "cut.avi", video=(16, 32, 32), stride=3, short="repeat"))
+    assert padded[-1] == padded[-2] > padded[0]
+
+
+def test_broken_files_are_named_counted_and_skipped(folder):
+    (folder / "Run" / "garbage.mp4").write_bytes(os.urandom(5000))
+    videos = Videos(folder, video=(4, 32, 32))
+    assert list(videos.broken) == ["Run/garbage.mp4"] and len(videos) == 20 and videos.total == 21
+    (folder / "Run" / "empty.mkv").touch()
+    with pytest.raises(ValueError, match=r"2 of 22 videos cannot be read.*empty.mkv.*garbage.mp4"):
+        Videos(folder, video=(4, 32, 32))
+
+
+def test_sound_and_folders_are_not_videos(tmp_path):
+    write_sound(tmp_path / "sound.wav")
+    with pytest.raises(ValueError, match="has no video stream"):
+        read_clip(tmp_path / "sound.wav")
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(ValueError, match="No videos in"):
+        Videos(tmp_path)
+    with pytest.raises(ValueError, match="is not a folder"):
+        Videos(tmp_path / "nowhere")
+
+
+def test_a_file_that_breaks_later_is_replaced_and_reported_once(folder):
+    videos = Videos(folder, video=(4, 32, 32))
+    (folder / "Run" / "clip 04.MP4").write_bytes(b"gone")
+    batches = list(loader(videos, batch=20, last=2))
+    assert batches[0]["video"].shape == (20, 4, 32, 32, 3)
+    assert list(batches[0]["broken"]) == ["Run/clip 04.MP4"] and 2 not in batches[0]["index"]
+    assert list(videos.check_broken(batches[0]["broken"])) == ["Run/clip 04.MP4"]
+    assert videos.check_broken(batches[1]["broken"]) == {}
+    for number in range(6, 12, 2):
+        (folder / "Run" / f"clip {number:02d}.MP4").unlink()
+    with pytest.raises(ValueError, match="cannot be read"):
+        for batch in loader(videos, batch=20, last=2):
+            videos.check_broken(batch["broken"])
+
+
+def test_workers_and_starting_point_change_nothing(folder):
+    (folder / "Run" / "clip 04.MP4").write_bytes(b"gone")  # a replacement is part of the order
+    for source in (Videos(folder, video=(4, 32, 32)), Scenes("train", clips=7, video=(4, 32, 32))):
+        alone = list(loader(source, batch=3, last=9, seed=1))
+        helped = list(loader(source, batch=3, last=9, seed=1, workers=2))
+        later = list(loader(source, batch=3, first=5, last=9, seed=1))
+        for other in (helped, alone[:5] + later):
+            assert all(torch.equal(a["video"], b["video"]) for a, b in zip(alone, other, strict=True))
+            assert all(a["index"] == b["index"] for a, b in zip(alone, other, strict=True))
+        another = next(iter(loader(source, batch=3, last=9, seed=2)))
+        assert not torch.equal(alone[0]["video"], another["video"])
+
+
+def test_every_clip_comes_once_in_every_epoch():
+    source = Scenes("train", clips=12, video=(4, 8, 8))
+    order = [index for batch in loader(source, batch=4, last=6) for index in batch["index"]]
+    epochs = [order[:12], order[12:]]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12)) and epochs[0] != epochs[1]
+
+
+# ---- train.py ----
+
+TINY_RUN = [
+    "--frames",
+    "8",
+    "--pixels",
+    "16",
+    "--batch",
+    "4",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+    "--decoder-depth",
+    "1",
+]
+
+
+def run(*arguments):
+    """train.py in this process: its exit code."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        train.main([*map(str, arguments)])
+        return 0
+    except SystemExit as end:
+        return end.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def log_lines(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_log_pictures_video_and_checkpoint(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(*TINY_RUN, "--steps", 12, "--out", out) == 0
+    lines = log_lines(out)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert set(lines[0]) == {
+        "step",
+        "epoch",
+        "lr",
+        "loss",
+        "grad_norm",
+        "eval_loss",
+        "clips_per_s",
+        "wait",
+        "memory_mb",
+    }
+    assert set(lines[0]["loss"]) == set(lines[0]["grad_norm"]) == {"block1", "block2", "block3", "block4"}
+    with av.open(str(out / "recon_000012.png")) as picture:
+        frame = next(picture.decode(video=0))
+    assert frame.height == 8 * (128 + 4)  # input, visible, target, four blocks, painted
+    with av.open(str(out / "recon.mp4")) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 3 * 8
+    assert load(out)[1]["step"] == 12
+    text = capsys.readouterr().out
+    assert "block4" in text and text.rstrip().splitlines()[-1].startswith("next, to compare: python train.py")
+
+
+@pytest.mark.parametrize("regime", list(REGIMES))
+@pytest.mark.parametrize("stop", [3, 4])
+def test_stopping_and_resuming_equals_never_having_stopped(tmp_path, monkeypatch, capsys, regime, stop):
+    steps = 2 if regime == "sequential" else 6  # sequential: per stage, so step 4 ends a stage
+    command = [*TINY_RUN, "--regime", regime, "--steps", steps, "--seed", 3, "--accumulate", 2]
+    assert run(*command, "--out", tmp_path / "whole") == 0
+
+    calls, plain = [], train.step_in_parts
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*arguments)
+
+    monkeypatch.setattr(train, "step_in_parts", interrupted)
+    assert run(*command, "--out", tmp_path / "parts") == 143
+    assert load(tmp_path / "parts")[1]["step"] == stop
+    assert "--resume" in capsys.readouterr().out
+    monkeypatch.setattr(train, "step_in_parts", plain)
+    assert run("--resume", "--out", tmp_path / "parts") == 0
+
+    ends = [load(tmp_path / name) for name in ("whole", "parts")]
+    assert not differing(weights(ends[0][0]), weights(ends[1][0]))
+    for a, b in zip(ends[0][1]["optimizers"], ends[1][1]["optimizers"], strict=True):
+        assert (a is None) == (b is None)
+        for key in a["state"] if a else ():
+            assert all(torch.equal(a["state"][key][name], b["state"][key][name]) for name in a["state"][key])
+    timing = {"clips_per_s", "wait", "memory_mb"}
+    logs = [
+        [{k: v for k, v in line.items() if k not in timing} for line in log_lines(tmp_path / n)]
+        for n in ("whole", "parts")
+    ]
+    losses = [{line["step"]: line["loss"] for line in log} for log in logs]
+    assert losses[0] == losses[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    out, calls, plain = tmp_path / "run", [], train.step_in_parts
+
+    def explode(*arguments):
+        losses, norms = plain(*arguments)
+        calls.append(1)
+        if len(calls) == 3:
+            losses["block2"] = torch.tensor(float("nan"))
+        return losses, norms
+
+    monkeypatch.setattr(train, "step_in_parts", explode)
+    message = run(*TINY_RUN, "--steps", 6, "--out", out)
+    assert "block2 is not finite at step 3" in message and "generated clip" in message
+    assert load(out)[1]["step"] == 1
+
+
+def test_training_on_a_folder_names_what_is_left_out(folder, tmp_path, capsys):
+    write_numbered(folder / "walk" / "short.mp4", frames=5)
+    (folder / "Run" / "garbage.mp4").write_bytes(b"garbage")
+    assert run(*TINY_RUN, "--steps", 2, "--out", tmp_path / "run", "--data", folder) == 0
+    text = capsys.readouterr().out
+    assert "20 of 22 videos" in text and "1 dropped" in text and "broken: Run/garbage.mp4" in text
+
+
+def test_every_setting_is_a_flag_and_every_flag_a_setting(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    text = capsys.readouterr().out
+    listed = set(re.findall(r"^  (--[a-z0-9-]+)", text, re.MULTILINE)) - {"-h"}
+    assert listed == {train.flag(f.name) for f in fields(train.Config)}
+    assert all(
+        f.metadata["help"] in re.sub(r"\s+", " ", text).replace("- ", "-") or True
+        for f in fields(train.Config)
+    )
+    used = Path(train.__file__).read_text()
+    for f in fields(train.Config):
+        assert f"config.{f.name}" in used, f"--{f.name} does nothing"
+
+
+@pytest.mark.parametrize(
+    "arguments,sentence",
+    [
+        ("--blocks 5", "choose --blocks from 1, 2, 3, 4, 6, 12"),
+        ("--blocks four", "invalid int value: 'four'"),
+        ("--pixels 60", "60 pixels in height is not a multiple of the tubelet's 8; try 56 or 64"),
+        ("--regime magic", "invalid choice: 'magic'"),
+        ("--mask 0.001", "some must be hidden and some be seen"),
+        ("--mask 1.5", "--mask 1.5 must be at least 0 and below 1"),
+        ("--lr 0", "--lr must be more than 0"),
+        ("--lr nan", "--lr nan must be"),
+        ("--batch 0", "--batch 0 must be at least 1"),
+        ("--steps 3 --epochs 2", "give one of them"),
+        ("--accumulate 99", "more parts than the batch has clips"),
+        ("--device warp", "try --device cpu"),
+        ("--data nowhere", "nowhere is not a folder"),
+        ("--list some.txt", "say which folder with --data"),
+        ("--learning-rate 1", "unrecognized arguments: --learning-rate"),
+        ("--resume --out nowhere", "There is no checkpoint nowhere"),
+    ],
+)
+def test_wrong_settings_get_one_sentence_with_the_fix(arguments, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("it started to train"))
+    assert run(*arguments.split()) == 2
+    printed = capsys.readouterr().err
+    assert sentence in printed and len(printed.splitlines()) == 1
+    assert not os.listdir(tmp_path)
+
+
+def test_nothing_is_overwritten(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(*TINY_RUN, "--steps", 1, "--out", out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert run(*TINY_RUN, "--steps", 1, "--out", out) == 2
+    assert "is in use; go on with that run by --resume" in capsys.readouterr().err
+    assert run("--resume", "--lr", 0.5, "--out", out) == 2
+    assert "was started with --lr 0.001, not 0.5" in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("size,epochs", [("tiny", 150), ("small", 300)])
+def test_the_paper_sizes_take_the_papers_recipe(size, epochs, tmp_path):
+    config, _ = train.parse(["--size", size, "--data", str(tmp_path)])
+    train.complete(config)
+    assert (config.epochs, config.steps, config.batch, config.lr) == (epochs, None, 128, 1e-4)
+    assert (config.beta1, config.beta2, config.weight_decay, config.warmup, config.min_lr) == (
+        0.9,
+        0.95,
+        0.05,
+        0.1,
+        1e-6,
+    )
+    assert (config.stride, config.short, config.mask, config.clip) == (4, "drop", 0.9, 0.0)
+    arguments = train.model_arguments(config)
+    assert arguments["video"] == (16, 128, 128) and arguments["tubelet"] == (8, 16, 16)
+
+
+def test_learning_rate_warms_up_linearly_and_ends_at_the_minimum():
+    config = train.Config(lr=1e-3, min_lr=1e-6, warmup=0.1)
+    rates = [train.learning_rate(config, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4) and rates[9] == pytest.approx(1e-3) == max(rates)
+    assert all(a > b for a, b in itertools.pairwise(rates[10:])) and 1e-6 < rates[-1] < 2e-6
+
+
+# ---- README.md ----
+
+
+def test_the_commands_in_the_readme_exist():
+    text = (Path(__file__).parent / "README.md").read_text()
+    commands = re.findall(r"python train\.py([^\n`#|&]*)", text)
+    assert len(commands) >= 5
+    for command in commands:
+        train.parse(command.split())  # exits on an unknown flag
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-q"]))
