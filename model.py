@@ -118,9 +118,10 @@ def normalized_targets(patches):
     1, 3), (B, M, 1, 3).
     """
     x = unit_range(patches).unflatten(-1, (-1, 3))  # (B, M, P/3, 3)
-    variance, mean = torch.var_mean(x, dim=2, keepdim=True)  # unbiased; (B, M, 1, 3)
-    std = variance.sqrt() + 1e-6
-    return ((x - mean) / std).flatten(2), mean, std  # (B, M, P)
+    mean = x.mean(dim=2, keepdim=True)  # (B, M, 1, 3)
+    x = x - mean
+    std = (x.square().sum(dim=2, keepdim=True) / (x.shape[2] - 1)).sqrt() + 1e-6  # faster here than torch.var
+    return (x / std).flatten(2), mean, std  # (B, M, P)
 
 
 def unit_range(pixels):

@@ -32,7 +32,7 @@ from model import SIZES, normalized_targets, patchify, take, tube_mask, unpatchi
 
 # tiny and small: the paper's recipe (Sec. 3.2, 3.4). Paper does not say: batch size. nano: ours, for a CPU.
 RECIPES = {
-    "nano": {"steps": 3000, "batch": 16, "lr": 1e-3},
+    "nano": {"steps": 2500, "batch": 16, "lr": 1e-3},
     "tiny": {"epochs": 150, "batch": 128, "lr": 1e-4},
     "small": {"epochs": 300, "batch": 128, "lr": 1e-4},
     "base": {"epochs": 300, "batch": 128, "lr": 1e-4},
@@ -74,7 +74,7 @@ class Config:
         None, "passes over the data (paper: tiny 150, small 300), per stage in sequential", 0
     )
     steps: int | None = option(
-        None, "optimizer steps, instead of --epochs, per stage in sequential (nano: 3000)", 1
+        None, "optimizer steps, instead of --epochs, per stage in sequential (nano: 2500)", 1
     )
     batch: int | None = option(None, "clips in one optimizer step (tiny, small: 128; nano: 16)", 1)
     accumulate: int = option(1, "parts that a batch is computed in, to save memory", 1)
