@@ -32,7 +32,7 @@ from model import SIZES, normalized_targets, patchify, take, tube_mask, unpatchi
 
 # tiny and small: the paper's recipe (Sec. 3.2, 3.4). Paper does not say: batch size. nano: ours, for a CPU.
 RECIPES = {
-    "nano": {"steps": 2500, "batch": 16, "lr": 1e-3},
+    "nano": {"steps": 3000, "batch": 16, "lr": 1e-3},
     "tiny": {"epochs": 150, "batch": 128, "lr": 1e-4},
     "small": {"epochs": 300, "batch": 128, "lr": 1e-4},
     "base": {"epochs": 300, "batch": 128, "lr": 1e-4},
@@ -74,7 +74,7 @@ class Config:
         None, "passes over the data (paper: tiny 150, small 300), per stage in sequential", 0
     )
     steps: int | None = option(
-        None, "optimizer steps, instead of --epochs, per stage in sequential (nano: 2500)", 1
+        None, "optimizer steps, instead of --epochs, per stage in sequential (nano: 3000)", 1
     )
     batch: int | None = option(None, "clips in one optimizer step (tiny, small: 128; nano: 16)", 1)
     accumulate: int = option(1, "parts that a batch is computed in, to save memory", 1)
@@ -354,10 +354,9 @@ def draw(model, clips, path):
     rows["target"] = paint(127.5 + 50 * target, masked, dark)
     for name, prediction in predictions.items():
         rows[f"{name} {losses[name]:.3f}"] = paint(127.5 + 50 * prediction.float(), masked, dark)
-    true = (prediction.float().unflatten(-1, (-1, 3)) * std + mean).flatten(
-        2
-    )  # (B, M, P), of the last decoder
-    rows[f"{name} + true mean, std"] = paint(255 * true, masked, patches)
+    last = prediction.float().unflatten(-1, (-1, 3))  # (B, M, P/3, 3)
+    true = (last * std + mean).flatten(2)  # (B, M, P)
+    rows[f"{name} + true mean/std"] = paint(255 * true, masked, patches)
 
     T = video.shape[1]
     if path.suffix == ".png":
@@ -388,8 +387,8 @@ def masks_of_step(config, model, step):
 
 
 def fixed_clips(config, model, source, count=32):
-    """Clips spread over the source, read as for evaluation, and masks: for the pictures and eval_loss."""
-    videos = []
+    """Clips and masks for the pictures and eval_loss: of the test split, or, of videos, those trained on."""
+    source, videos = source if config.data else Scenes("test", video=model.video), []
     for index in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int):
         try:
             videos.append(torch.from_numpy(source.read(int(index))))
