@@ -44,21 +44,16 @@ REGIMES = {
 
 
 def train_step(model, optimizers, video, visible, masked, *, dtype=None, clip=None, share=1.0, complete=True):
-    """One training step of any regime (Sec. 3.1): detach, block, local loss, backward, that block's optimizer
-    step.
+    """One training step of any regime (Sec. 3.1): detach, block, local loss, backward, its optimizer step.
 
-    model.groups holds the blocks between which gradients flow: each block by itself if the regime stops the
-    gradient, else all of them together. At most one group's graph is alive at any time.
+    model.groups lists the sets of blocks that one backward trains: each block by itself if the regime stops
+    the gradient, else all of them. At most one group's graph is alive at any time.
 
     optimizers: one per group, from make_optimizers(). None: that group is frozen and runs without a graph.
-    The forward pass ends where the list ends: a stage of the sequential regime does not run the blocks after
-    its own.
-    video: (B, T, H, W, C) uint8. visible (B, V), masked (B, M): indices from tube_mask(), shared by all
-    blocks.
-    dtype: torch.bfloat16 for autocast. clip: largest gradient norm, of each group by itself; None: no
-    clipping.
-    share, complete: for gradient accumulation: this part's share of the batch, and whether it is the last
-    part.
+    The forward pass ends where the list ends: a sequential stage does not run the blocks after its own.
+    video: (B, T, H, W, C) uint8. visible (B, V), masked (B, M): indices from tube_mask(), for all blocks.
+    dtype: torch.bfloat16 for autocast. clip: largest gradient norm, of each group by itself; None: none.
+    share, complete: for gradient accumulation, this part's share of the batch and whether it is the last.
     Returns (losses, norms), each {block name: 0-d tensor}: L_k of every block that trains with a decoder, and
     the gradient norm of every block that trains, decoder included.
     """
@@ -71,9 +66,8 @@ def train_step(model, optimizers, video, visible, masked, *, dtype=None, clip=No
         with torch.set_grad_enabled(trained), torch.autocast(h.device.type, dtype, enabled=dtype is not None):
             h, local = model.forward_group(group, h, visible, masked, target if trained else None)
         if trained:
-            (
-                share * sum(local.values())
-            ).backward()  # at once: frees this group's graph before the next is built
+            loss = share * sum(local.values())
+            loss.backward()  # at once: this graph is freed before the next is built
             losses |= {name: loss.detach() for name, loss in local.items()}
             if complete:
                 norms |= update(model, group, optimizer, clip)  # the optimizer step of this group alone
@@ -155,8 +149,8 @@ class Blockwise(nn.Module):
     blocks: K, which must divide depth. regime: a key of REGIMES. video: (T, H, W) of a clip. tubelet: the
     size of one token, in the same order. depth: encoder layers in all. The others are transformer widths,
     layers and heads.
-    `blocks` and `decoders` are keyed "block1".."blockK"; `groups` lists the names between which gradients
-    flow.
+    `blocks` and `decoders` are keyed "block1".."blockK"; `groups` lists the sets of names that one backward
+    trains.
     Raises ValueError where sizes do not fit together.
     """
 
@@ -202,7 +196,7 @@ class Blockwise(nn.Module):
 
     @property
     def stages(self):
-        """Passes that training makes over its epochs: K in the sequential regime, 1 in the others."""
+        """Stages of the training, each over all epochs: K in the sequential regime, else 1."""
         return len(self.groups) if REGIMES[self.config["regime"]].staged else 1
 
     def forward_group(self, group, h, visible, masked, target=None):
@@ -271,9 +265,8 @@ def count_parameters(model):
     return counts | {f"decoder of {name}": sum(p.numel() for p in d.parameters()) for name, d in decoders}
 
 
-def save(path, model, optimizers, *, step, settings):
-    """Write a checkpoint: model with decoders, optimizers, steps done, and settings of the run (a dict of
-    builtins).
+def save(path, model, optimizers, *, step, settings, data=""):
+    """Write a checkpoint. settings: a dict of builtins; data: a fingerprint of what the run is trained on.
 
     It is written beside the old one and then takes its place: a kill at any moment leaves a readable file.
     """
@@ -283,6 +276,7 @@ def save(path, model, optimizers, *, step, settings):
         "optimizers": [None if optimizer is None else optimizer.state_dict() for optimizer in optimizers],
         "step": step,
         "settings": settings,
+        "data": data,
     }
     temporary = Path(f"{path}.tmp")
     with open(temporary, "wb") as file:
@@ -296,8 +290,7 @@ def load(path, device="cpu"):
     """Read a run: (model in eval mode, checkpoint). path: a run folder, whose last.pt is read, or a
     checkpoint.
 
-    The checkpoint's "optimizers", "step" and "settings" are as given to save(). Raises ValueError if there is
-    none.
+    The checkpoint's other entries are as given to save(). Raises ValueError if there is none.
     """
     path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():

@@ -14,10 +14,13 @@ again.
 Shapes: B batch, T frames, H W pixels, C channels.
 """
 
+import contextlib
 import functools
+import hashlib
 import math
 import os
 import re
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +28,7 @@ import av
 import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 # ---- generated clips: moving scenes ----
@@ -78,6 +82,11 @@ class Scenes:
         """What to call clip `index` in a message."""
         return f"generated clip {index}"
 
+    @property
+    def fingerprint(self):
+        """As in Videos."""
+        return f"scenes {self.clips}"
+
     def check_broken(self, found=()):
         """As in Videos; generated clips do not break."""
         return {}
@@ -129,8 +138,9 @@ def plane_waves(x, y, frequency, angle, phase, weight):
 def draw_background(rng, video, *, motion, waves=3, speed=0.6, lowest=0.1, octaves=3, contrast=0.28):
     """Smooth colours in motion, (T, H, C, W) float32: the sum of a few plane waves in each colour channel.
 
-    lowest: frequency in cycles per half frame; the waves lie up to `octaves` above. A wave fades out at both ends of
-    that range, so that the background zooms for ever without a seam. speed: shift over the clip, in half frames.
+    lowest: frequency in cycles per half frame; the waves lie up to `octaves` above. A wave fades out at both
+    ends of that range, so that the background zooms for ever without a seam. speed: shift over the clip, in
+    half frames.
     """
     time, x, y = axes(video)
     right, down, turns, zoom = MOTIONS[motion]
@@ -142,7 +152,9 @@ def draw_background(rng, video, *, motion, waves=3, speed=0.6, lowest=0.1, octav
     phase = 2 * np.pi * (rng.random(n) - frequency * shift)
     weight = contrast * np.sin(np.pi * scale)[..., None] ** 2 * np.tile(np.eye(3), (waves, 1))  # (T, n, C)
     level = (0.35 + 0.3 * rng.random((3, 1))).astype(np.float32)
-    return plane_waves(x.repeat(len(time), 0), y.repeat(len(time), 0), frequency, angle, phase, weight) + level
+    return (
+        plane_waves(x.repeat(len(time), 0), y.repeat(len(time), 0), frequency, angle, phase, weight) + level
+    )
 
 
 def draw_object(frames, rng, *, colour, shape, size, motion, speed=1.2, contrast=0.12):
@@ -218,7 +230,7 @@ def drifting_grating(*, sf, theta, tf, contrast, colour, video=(16, 128, 128), r
 
 
 class Gratings:
-    """The paper's stimuli (Sec. 4): 10,800 drifting gratings, or 15,552 with another one in each half of the frame.
+    """The paper's stimuli (Sec. 4): 10,800 drifting gratings, or 15,552 with one in each half of the frame.
 
     Differs from paper: contrast and colour labels are the true ones. The released evaluation truncates
     contrasts to integers and mixes up colours, so that its means end near 84 %.
@@ -240,6 +252,10 @@ class Gratings:
     def name(self, index):
         """What to call clip `index`: its parameters."""
         return ", ".join(f"{name} {value}" for name, value in self.stimulus(index).items())
+
+    def check_broken(self, found=()):
+        """As in Videos; generated clips do not break."""
+        return {}
 
     def stimulus(self, index):
         """Parameters of clip `index`, by name."""
@@ -272,56 +288,29 @@ class Gratings:
 
 # ---- video files ----
 
-EXTENSIONS = [
-    "3g2",
-    "3gp",
-    "apng",
-    "asf",
-    "avi",
-    "divx",
-    "f4v",
-    "flv",
-    "gif",
-    "h264",
-    "hevc",
-    "m2ts",
-    "m2v",
-    "m4v",
-    "mjpeg",
-    "mkv",
-    "mov",
-    "mp4",
-    "mpe",
-    "mpeg",
-    "mpg",
-    "mpv",
-    "mts",
-    "mxf",
-    "ogm",
-    "ogv",
-    "qt",
-    "rm",
-    "rmvb",
-    "ts",
-    "vob",
-    "webm",
-    "wmv",
-    "y4m",
-]
+EXTENSIONS = (
+    "3g2|3gp|apng|asf|avi|divx|dv|f4v|flv|gif|h264|hevc|m2ts|m2v|m4v|mjpeg|mkv|mov|mp4|mpe|mpeg|mpg|mpv|mts|"
+    "mxf|ogm|ogv|qt|rm|rmvb|ts|vob|webm|wmv|y4m"
+)
 READ_ERRORS = (OSError, ValueError, av.FFmpegError)  # what a broken file raises, also from inside FFmpeg
 MAX_BROKEN = 0.05  # more broken files than this share (and more than one) end a run
 
 
+class BrokenVideos(ValueError):
+    """Too many of the videos cannot be read; the message names them."""
+
+
 class Videos:
-    """All videos below a folder, or those that a list names. The label of a video is its parent folder, or in
-    the list.
+    """All videos below a folder, or those that a list names; the label is the parent folder, or in the list.
 
     folder: searched by file extension. list_file: one `path [label]` per line, relative to folder; paths may
-    hold spaces. video: (T, H, W) of a clip. stride: take every stride-th frame. short: what happens to videos
-    of fewer than T * stride frames: "drop" (the paper's rule) leaves them out, "repeat" repeats their last
-    frame.
-    `broken` {path: reason} names the files that cannot be read, `dropped` {path: frames} those that are too
-    short. Raises ValueError if no usable video is left, or if more than MAX_BROKEN of the files are broken.
+    hold spaces.
+    video: (T, H, W) of a clip. stride: take every stride-th frame.
+    short: what happens to videos of fewer than T * stride frames: "drop" (the paper's rule) leaves them out,
+    "repeat" repeats their last frame.
+    `broken` {path: reason} names the files that cannot be read, `dropped` {path: frames} the short ones.
+    Raises ValueError if no usable video is left, BrokenVideos if more than MAX_BROKEN of the files are
+    broken.
     """
 
     def __init__(self, folder, *, list_file=None, video=(16, 128, 128), stride=4, short="drop"):
@@ -330,8 +319,10 @@ class Videos:
             raise ValueError(f"{folder} is not a folder; --data wants the folder that your videos are in.")
         entries, self.classes = read_list(self.folder, list_file) if list_file else walk(self.folder)
         if not entries:
-            raise ValueError(f"No videos in {list_file or folder} (looked for {' '.join(EXTENSIONS)}).")
-        self.files, self.broken, self.dropped, self.total = [], {}, {}, len(entries)
+            looked = EXTENSIONS.replace("|", " ")
+            raise ValueError(f"No videos in {list_file or folder} (looked for {looked}).")
+        self.labels, self.total = {"class": self.classes}, len(entries)
+        self.files, self.broken, self.dropped = [], {}, {}
         with ThreadPoolExecutor(8) as pool:
             counts = pool.map(lambda entry: count_or_reason(self.folder / entry[0]), entries)
             for (path, label), count in tqdm(zip(entries, counts), "look at videos", self.total, leave=False):
@@ -341,19 +332,17 @@ class Videos:
                     self.dropped[path] = count
                 else:
                     self.files.append((path, label))
-        self.check_broken()
-        if not self.files:
-            fits = max(self.dropped.values()) // self.video[0]
-            fix = (
-                f"--stride {fits} would fit the longest, --short repeat fits all"
-                if fits
-                else "--short repeat fits all"
+        if self.dropped and not self.files:
+            fits, needed = (
+                max(self.dropped.values()) // self.video[0],
+                f"{self.video[0]} frames x stride {stride}",
             )
+            fix = f"--stride {fits} would fit the longest, " if fits else ""
             raise ValueError(
-                f"All {len(self.dropped)} videos have fewer than {self.video[0]} frames x stride {stride} = "
-                f"{self.video[0] * stride} frames; {fix}."
+                f"All {len(self.dropped)} videos have fewer than {needed} = {self.video[0] * stride} frames; "
+                f"{fix}--short repeat fits all."
             )
-        self.labels = {"class": self.classes}
+        self.check_broken()
 
     def __len__(self):
         return len(self.files)
@@ -362,15 +351,19 @@ class Videos:
         """Path of video `index`, relative to the folder."""
         return self.files[index][0]
 
+    @property
+    def fingerprint(self):
+        """Names the videos and their order: a run can only be resumed on the same ones."""
+        return hashlib.sha256("\n".join(path for path, _ in self.files).encode()).hexdigest()
+
     def targets(self, index):
         """Class number of video `index`, as a tuple of one."""
         return (self.classes.index(self.files[index][1]),)
 
     def read(self, index, rng=None):
-        """One clip of video `index`, (T, H, W, C) uint8. rng: random start, crop and flip (Sec. 3.2); None:
-        all in the middle.
+        """One clip of video `index`, (T, H, W, C) uint8. Raises READ_ERRORS if that cannot be had.
 
-        Raises OSError or ValueError if the file cannot be read, or turns out shorter than its header says.
+        rng: random start, crop and flip, for training (Sec. 3.2); None: all in the middle.
         """
         start, top, left, mirror = (0.5, 0.5, 0.5, 0.0) if rng is None else rng.random(4)
         how = {"start": start, "crop": (top, left), "short": self.short}
@@ -378,33 +371,28 @@ class Videos:
         return np.ascontiguousarray(clip[:, :, ::-1]) if mirror > 0.5 else clip
 
     def check_broken(self, found=()):
-        """Add files found broken while reading ({path: reason}); returns the new ones. ValueError if they are
-        too many.
-        """
-        new = {path: reason for path, reason in dict(found).items() if path not in self.broken}
+        """Add files found broken in reading, {path: reason}; returns new ones. BrokenVideos if too many."""
+        new = {path: why for path, why in dict(found).items() if path not in self.broken}
         self.broken.update(new)
-        if len(self.broken) > max(1, MAX_BROKEN * self.total):
+        none_left = all(path in self.broken for path, _ in self.files)
+        if none_left or len(self.broken) > max(1, MAX_BROKEN * self.total):
             which = "; ".join(f"{path} ({why})" for path, why in list(self.broken.items())[:10])
             more = f" and {len(self.broken) - 10} more" if len(self.broken) > 10 else ""
-            raise ValueError(
-                f"{len(self.broken)} of {self.total} videos cannot be read, more than {MAX_BROKEN:.0%}: {which}"
-                f"{more}. Repair them, move them away, or leave them out with --list."
+            raise BrokenVideos(
+                f"{len(self.broken)} of {self.total} videos cannot be read, at most {MAX_BROKEN:.0%} may be: "
+                f"{which}{more}. Repair them, move them away, or leave them out with --list."
             )
         return new
 
 
 def walk(folder):
-    """Every video below a folder, by extension in any case: ([(relative path, parent folder)], class names),
-    sorted.
-    """
-    endings = tuple("." + extension for extension in EXTENSIONS)
-    paths = [
-        Path(root, file).relative_to(folder)
-        for root, _, files in os.walk(folder)
-        for file in files
-        if file.lower().endswith(endings) and not file.startswith(".")
+    """All videos below a folder, by extension in any case, sorted: ([(path, label)], class names)."""
+    video = re.compile(rf"[^.].*\.({EXTENSIONS})", re.IGNORECASE)  # no hidden files
+    found = [
+        Path(root, file) for root, _, files in os.walk(folder) for file in files if video.fullmatch(file)
     ]
-    entries = sorted((path.as_posix(), path.parent.name or folder.resolve().name) for path in paths)
+    paths = sorted(path.relative_to(folder) for path in found)
+    entries = [(path.as_posix(), path.parent.name or folder.resolve().name) for path in paths]
     return entries, tuple(sorted({label for _, label in entries}, key=str.lower))
 
 
@@ -416,13 +404,11 @@ def read_list(folder, list_file):
     numbers (its classInd.txt).
     """
     try:
-        lines = [
-            line.strip() for line in Path(list_file).read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
+        lines = [line.strip() for line in Path(list_file).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"Cannot read the list {list_file}: {reason(error)}.") from None
-    pattern = re.compile(rf"(.*\.(?:{'|'.join(EXTENSIONS)}))(?:\s+(.*))?", re.IGNORECASE)
-    entries = [(m.group(1), m.group(2)) if (m := pattern.fullmatch(line)) else (line, None) for line in lines]
+    entry = re.compile(rf"(.*\.(?:{EXTENSIONS}))(?:\s+(.*))?", re.IGNORECASE)
+    entries = [m.groups() if (m := entry.fullmatch(line)) else (line, None) for line in lines if line]
     parents = [Path(path).parent.name or folder.resolve().name for path, _ in entries]
     numbered = {(given, parent) for (_, given), parent in zip(entries, parents)}
     one_to_one = len(numbered) == len({given for given, _ in numbered}) == len(set(parents))
@@ -438,19 +424,30 @@ def reason(error):
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
+@contextlib.contextmanager
+def open_video(path):
+    """(container, video stream) of a file, closed at the end. ValueError if there is none to decode."""
+    with av.open(str(path)) as container:
+        stream = container.streams.best("video")
+        if stream is None:
+            raise ValueError("has no video stream")
+        if stream.codec_context is None:
+            raise ValueError("its codec has no decoder here")
+        stream.codec_context.thread_count = 1  # the workers are the parallelism
+        yield container, stream
+
+
+def count_packets(container, stream):
+    """Frames of a stream by its packets, to the end of the file; nothing is decoded."""
+    return sum(packet.size > 0 for packet in container.demux(stream))
+
+
 def count_or_reason(path):
-    """Number of frames that a file promises, or the reason (a str) why it is no video. Nothing is decoded."""
+    """Number of frames that a file promises, or the reason (a str) why it is no video."""
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                return "has no video stream"
-            stream = container.streams.video[0]
-            # Matroska, WebM, MPEG and others do not store the count; their packets must be counted.
-            return (
-                stream.frames
-                or sum(packet.size > 0 for packet in container.demux(stream))
-                or "holds no frames"
-            )
+        with open_video(path) as (container, stream):
+            # Matroska, WebM, MPEG and others do not store the count.
+            return stream.frames or count_packets(container, stream) or "holds no frames"
     except READ_ERRORS as error:
         return reason(error)
 
@@ -458,96 +455,92 @@ def count_or_reason(path):
 def read_clip(path, *, video=(16, 128, 128), stride=4, start=0.5, crop=(0.5, 0.5), short="repeat"):
     """Read T frames of a video file, every stride-th, from a place given as a fraction: (T, H, W, C) uint8.
 
-    start: 0 is the earliest possible start, 1 the latest. The shorter side is resized to H x W, keeping the
-    shape, and the longer one cut; crop: (vertical, horizontal) place of the cut, 0..1. Rotation by metadata
+    start: 0 is the earliest possible start, 1 the latest. crop: (vertical, horizontal) place of the crop,
+    0..1.
+    short: with too few frames, "repeat" repeats the last one, "drop" raises ValueError. Rotation by metadata
     is applied (phones film sideways); non-square pixels and HDR are not converted. Stride counts frames, not
-    seconds. Damaged packets are passed over; a file that ends early is read once more from its beginning.
-    short: with too few frames, "repeat" repeats the last one, "drop" raises ValueError. Raises OSError or
-    ValueError (FFmpeg's errors are of these kinds) if nothing can be read.
+    seconds. Damaged packets are passed over.
+    Raises READ_ERRORS if nothing can be read.
     """
-    T = video[0]
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ValueError("has no video stream")
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1  # the workers are the parallelism
+    # Differs from paper: it names a random 128 x 128 crop only; here the shorter side is first resized to
+    # that.
+    T, how = video[0], {"video": video, "stride": stride, "crop": crop}
+    with open_video(path) as (container, stream):
         begin, seconds, count = extent(container, stream)
         target = begin + start * seconds * max(0.0, 1 - T * stride / count)
-        frames = decode(
-            container, stream, target if target > begin else None, stride=stride, video=video, crop=crop
-        )
-        if len(frames) < T and target > begin:  # headers lie, and seeking may overshoot
-            again = decode(container, stream, begin, stride=stride, video=video, crop=crop)
-            frames = max(frames, again, key=len)
+        frames = decode(container, stream, time=target, seek=target > begin, **how) if seconds else []
+    if len(frames) < T and (target > begin or not seconds):
+        # The header has no duration or a wrong one, or the seek came out late: count, and skip from the
+        # beginning.
+        with open_video(path) as (container, stream):
+            room = max(0, count_packets(container, stream) - T * stride)
+        for skip in (int(start * room), 0):
+            with open_video(path) as (container, stream):
+                frames = max(frames, decode(container, stream, skip=skip, **how), key=len)
+            if len(frames) == T or skip == 0:
+                break
     if not frames:
         raise ValueError("no frame can be decoded")
     if len(frames) < T and short == "drop":
-        raise ValueError(
-            f"ends after {len(frames)} of {T} frames at stride {stride}, earlier than its header says"
-        )
+        raise ValueError(f"ends after {len(frames)} of {T} frames, earlier than its header says")
     return np.stack(frames + frames[-1:] * (T - len(frames)))  # (T, H, W, C)
 
 
+def frame_rate(stream):
+    """Frames per second, as far as the header tells."""
+    return float(stream.average_rate or stream.guessed_rate or 25)
+
+
 def extent(container, stream):
-    """(begin in seconds, duration in seconds, number of frames) as far as the headers tell; duration 0 if
-    they do not.
-    """
+    """(begin in seconds, duration in seconds, frames) by the header; duration 0 where it has none."""
     begin = float((stream.start_time or 0) * stream.time_base)
-    if stream.duration:
-        seconds = float(stream.duration * stream.time_base)
-    else:
-        seconds = (container.duration or 0) / av.time_base
-    rate = stream.average_rate or stream.guessed_rate or 25
-    return begin, seconds, max(1.0, stream.frames or seconds * float(rate))
+    duration = (
+        stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
+    )
+    return begin, float(duration), max(1.0, stream.frames or float(duration) * frame_rate(stream))
 
 
-def decode(container, stream, target, *, stride, video, crop):
-    """Up to T frames, every stride-th from `target` seconds on (None: from the first), each (H, W, C)
-    uint8.
-    """
-    T, H, W = video
-    if target is not None:  # to the key frame before it, then roll forward
-        try:
-            container.seek(int(target / stream.time_base), stream=stream)
-        except av.FFmpegError:
-            pass  # no seeking in this format: roll forward from the first frame
-        target -= 0.5 / float(stream.average_rate or stream.guessed_rate or 25)  # time stamps are rounded
-    reformatter, kept, passed = VideoReformatter(), [], 0
+def decode(container, stream, *, video, stride, crop, time=None, seek=False, skip=0):
+    """Up to T frames, every stride-th after `skip` frames or from `time` seconds on, each (H, W, C) uint8."""
+    if time is not None:
+        if seek:  # to the key frame before it, then roll forward
+            with contextlib.suppress(
+                av.FFmpegError
+            ):  # a format that cannot seek: roll forward from the beginning
+                container.seek(int(time / stream.time_base), stream=stream)
+        time -= 0.5 / frame_rate(stream)  # time stamps are rounded
+    reformatter, kept, passed = VideoReformatter(), [], -skip
     packets = container.demux(stream)
-    while len(kept) < T:
+    while len(kept) < video[0]:
         try:
             packet = next(packets, None)
             frames = [] if packet is None else packet.decode()
         except av.FFmpegError:
-            continue  # a damaged packet; damage to the container itself ends the packets
+            continue  # a damaged packet; after damage to the container itself there is no next packet
         if packet is None:
             break
         for frame in frames:
-            if target is not None and frame.time is not None and frame.time < target:
+            if time is not None and frame.time is not None and frame.time < time:
                 continue
-            if passed % stride == 0 and len(kept) < T:
-                kept.append(upright_crop(frame, reformatter, H, W, crop))
+            if passed >= 0 and passed % stride == 0 and len(kept) < video[0]:
+                kept.append(upright_crop(frame, reformatter, video[1], video[2], crop))
             passed += 1
     return kept
 
 
 def upright_crop(frame, reformatter, H, W, crop):
-    """One decoded frame, scaled so that it just covers H x W, turned upright and cut: (H, W, C) uint8."""
+    """One decoded frame, scaled so that it just covers H x W, turned upright and cropped: (H, W, C) uint8."""
     turns = round(frame.rotation / 90) % 4  # counter-clockwise quarter turns that show it upright
     height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)  # upright
     scale = max(H / height, W / width)
     height, width = max(H, round(height * scale)), max(W, round(width * scale))
-    size = (
-        {"width": height, "height": width} if turns % 2 else {"width": width, "height": height}
-    )  # as stored
-    image = reformatter.reformat(
-        frame, format="rgb24", interpolation="BILINEAR", threads=1, **size
-    ).to_ndarray()
-    top, left = (int(place * (room + 0.999)) for place, room in zip(crop, (height - H, width - W)))
-    return np.rot90(image, turns)[top : top + H, left : left + W].copy()
+    stored = {"width": height, "height": width} if turns % 2 else {"width": width, "height": height}
+    scaled = reformatter.reformat(frame, format="rgb24", interpolation="BILINEAR", threads=1, **stored)
+    top, left = (min(int(place * (room + 1)), room) for place, room in zip(crop, (height - H, width - W)))
+    return np.rot90(scaled.to_ndarray(), turns)[top : top + H, left : left + W].copy()
 
 
-# ---- the stream of training batches ----
+# ---- batches ----
 
 
 @functools.lru_cache(maxsize=2)
@@ -559,8 +552,7 @@ def epoch_order(seed, epoch, clips):
 class Stream(torch.utils.data.Dataset):
     """The endless stream of training samples: sample k is a pure function of (seed, k).
 
-    Broken files are replaced by the next good one of the folder, and reported with the sample as {path:
-    reason}.
+    A broken file is replaced by the next good one of the source, and reported with the sample.
     """
 
     def __init__(self, source, *, seed=0):
@@ -569,54 +561,25 @@ class Stream(torch.utils.data.Dataset):
     def __getitem__(self, k):
         clips, broken = len(self.source), {}
         epoch, place = divmod(k, clips)
-        index = int(epoch_order(self.seed, epoch, clips)[place])
-        rng = np.random.default_rng((self.seed, 1, epoch, index))
-        for attempt in range(int(MAX_BROKEN * clips) + 2):
-            at = (index + attempt) % clips
+        first = int(epoch_order(self.seed, epoch, clips)[place])
+        rng = np.random.default_rng((self.seed, 1, epoch, first))
+        for index in [*range(first, clips), *range(first)]:
             try:
-                return {"video": torch.from_numpy(self.source.read(at, rng)), "index": at, "broken": broken}
+                return {
+                    "video": torch.from_numpy(self.source.read(index, rng)),
+                    "index": index,
+                    "broken": broken,
+                }
             except READ_ERRORS as error:
-                broken[self.source.name(at)] = reason(error)
-        # More files than a run may lose: Videos.check_broken() ends it, so nothing is trained on this.
-        return {
-            "video": torch.zeros(*self.source.video, 3, dtype=torch.uint8),
-            "index": index,
-            "broken": broken,
-        }
-
-
-def collate(samples):
-    """Samples to a batch: video (B, T, H, W, C) uint8, index [B], broken {path: reason}."""
-    read = [sample for sample in samples if sample["video"] is not None]
-    return {
-        "video": torch.stack([sample["video"] for sample in read]) if read else None,
-        "index": [sample["index"] for sample in read],
-        "broken": {path: why for sample in samples for path, why in sample["broken"].items()},
-    }
-
-
-def loader(source, *, batch, first=0, last, seed=0, workers=0, pin_memory=False):
-    """Batches of training steps first..last-1. Any step can be the first, and the number of workers changes
-    nothing.
-    """
-    return torch.utils.data.DataLoader(
-        Stream(source, seed=seed),
-        batch_size=batch,
-        sampler=range(first * batch, last * batch),
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-    )
+                broken[self.source.name(index)] = reason(error)
+        return {"video": None, "index": first, "broken": broken}  # none is left: check_broken() ends the run
 
 
 class Ordered(torch.utils.data.Dataset):
-    """The clips of a source in order, read as for evaluation. A broken file gives no clip, only its reason."""
+    """The clips of a source in order, read as for evaluation. A broken file gives only its reason."""
 
     def __init__(self, source):
         self.source = source
-
-    def __len__(self):
-        return len(self.source)
 
     def __getitem__(self, index):
         try:
@@ -625,11 +588,34 @@ class Ordered(torch.utils.data.Dataset):
             return {"video": None, "index": index, "broken": {self.source.name(index): reason(error)}}
 
 
-def evaluation_loader(source, *, batch=32, workers=0):
-    """Batches as from loader(), of every clip once and in order; broken files are left out."""
-    return torch.utils.data.DataLoader(
-        Ordered(source), batch_size=batch, num_workers=workers, collate_fn=collate
-    )
+def collate(samples):
+    """Samples to a batch: video (B, T, H, W, C) uint8 or None, index [B], broken {path: reason}."""
+    read = [sample for sample in samples if sample["video"] is not None]
+    return {
+        "video": torch.stack([sample["video"] for sample in read]) if read else None,
+        "index": [sample["index"] for sample in read],
+        "broken": {path: why for sample in samples for path, why in sample["broken"].items()},
+    }
+
+
+def leave_signals_to_main(_):
+    """Workers end with the main process: Ctrl-C and SIGTERM reach it too, and it wants its last batch."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def loader(source, *, batch, first=0, last, seed=0, workers=0, pin_memory=False):
+    """Batches of training steps first..last-1, the same for any first and any number of workers."""
+    how = {"collate_fn": collate, "worker_init_fn": leave_signals_to_main, "pin_memory": pin_memory}
+    steps = range(first * batch, last * batch)
+    return DataLoader(Stream(source, seed=seed), batch_size=batch, sampler=steps, num_workers=workers, **how)
+
+
+def evaluation_loader(source, *, indices=None, batch=32, workers=0):
+    """Batches of every clip once and in order, or of some; broken files are reported and left out."""
+    which = range(len(source)) if indices is None else indices
+    how = {"collate_fn": collate, "num_workers": workers}
+    return DataLoader(Ordered(source), batch_size=batch, sampler=which, **how)
 
 
 # ---- pictures ----

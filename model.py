@@ -137,7 +137,7 @@ def sinusoid_positions(tokens, width):
     angle = torch.arange(tokens, dtype=torch.float64).unsqueeze(1) * torch.exp(
         torch.arange(0, width, 2, dtype=torch.float64) * (-math.log(10000.0) / width)
     )
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()[:, :width]
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()
 
 
 def init_weights(module):
@@ -232,7 +232,7 @@ class Decoder(nn.Module):
         """h: (B, V, D) encoder tokens; visible (B, V) and masked (B, M): their indices. Returns (B, M, P)."""
         x = self.embed(h)  # (B, V, decoder width)
         hidden = self.mask_token + self.positions[masked]  # (B, M, decoder width)
-        x = torch.cat([x + self.positions[visible], hidden.to(x.dtype)], dim=1)  # (B, N, decoder width)
+        x = torch.cat([x + self.positions[visible], hidden], dim=1)  # (B, N, decoder width)
         for layer in self.layers:
             x = layer(x)
         return self.head(self.norm(x[:, visible.shape[1] :]))  # (B, M, P)

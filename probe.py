@@ -1,21 +1,23 @@
 """What can be read from block k? Linear probe, retrieval and k-NN on the mean-pooled tokens of every block.
 
-Römer & Dickscheid, arXiv 2601.09040, Sec. 4. Masking is off, and one pass over the clips gives all blocks' features.
+Römer & Dickscheid, arXiv 2601.09040, Sec. 4. Masking is off, and one pass over the clips gives all blocks'
+features.
 
-    python probe.py runs/nano-simultaneous-4                                # generated clips, their five labels
+    python probe.py runs/nano-simultaneous-4                        # generated clips, their five labels
     python probe.py RUN RUN RUN --data gratings                             # the paper's stimuli
     python probe.py RUN --data VIDEOS --train-list train.txt --test-list test.txt --stride 2 --short repeat
-    python probe.py RUN --data VIDEOS --features out.npz                    # features, labels and paths, no probe
+    python probe.py RUN --data VIDEOS --features out.npz            # features, labels and paths, no probe
 
 Two baselines stand beside every run: the same architecture at random initialisation, and pixels.
 Shapes: B batch, N tokens, D width, K blocks; here n clips and L targets.
 """
 
 import argparse
-import json
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,9 +33,9 @@ from data import Gratings, Scenes, Videos, evaluation_loader
 def logistic_probe(train_x, train_y, test_x, *, C=1.0, classes=None):
     """Multinomial logistic regression, the linear probe (Sec. 4). Returns class probabilities (m, classes).
 
-    Features are standardised with the training mean and deviation; a feature that is constant in training is left
-    out. Minimised to convergence: sum of log-losses + |W|^2 / (2 C), intercept free.
-    Full-batch L-BFGS runs on whitened features, with the penalty carried over: same optimum, far fewer iterations.
+    Features are standardised with the training mean and deviation; a feature that is constant in training is
+    left out. Minimised to convergence: sum of log-losses + |W|^2 / (2 C), intercept free. Full-batch L-BFGS
+    runs on whitened features, with the penalty carried over: same optimum, far fewer iterations.
 
     train_x (n, D), test_x (m, D): float; train_y (n,): class numbers 0..classes-1.
     Raises ValueError if a feature is not finite.
@@ -72,18 +74,18 @@ def accuracies(predicted, true):
 
 
 def knn(train_x, train_y, test_x, *, k=20):
-    """Class numbers (m,) by majority of the k nearest training clips in cosine; ties go to the lowest number."""
+    """Class numbers (m,) by majority of the k nearest training clips in cosine; the lowest of a tie."""
     similarity = F.normalize(test_x.double(), dim=1) @ F.normalize(train_x.double(), dim=1).T  # (m, n)
     nearest = train_y[similarity.topk(min(k, len(train_y)), dim=1).indices]  # (m, k)
     return F.one_hot(nearest, int(train_y.max()) + 1).sum(dim=1).argmax(dim=1)
 
 
 def retrieval(x, labels, *, ks=(1, 5, 10)):
-    """Leave-one-out retrieval by cosine of raw features (Sec. 4): {"map", "top1", "top5", "top10", "queries"}.
+    """Leave-one-out retrieval by cosine of raw features (Sec. 4): "map", "top1", "top5", "top10", "queries".
 
-    Top-k: share of queries with a clip of their class among the k nearest. Average precision is exact with ties:
-    clips of equal similarity share one rank. A query without another clip of its class is left out of all means
-    ("queries" counts the others); without any query the means are nan.
+    Top-k: share of queries with a clip of their class among the k nearest. Average precision is exact with
+    ties: clips of equal similarity share one rank. A query without another clip of its class is left out of
+    all means ("queries" counts the others); without any query the means are nan.
     x: (n, D); labels: (n,).
     """
     z, labels = F.normalize(x.double(), dim=1), labels.numpy()
@@ -102,7 +104,7 @@ def retrieval(x, labels, *, ks=(1, 5, 10)):
 
 
 def stratified_folds(labels, folds=3, seed=0):
-    """[(train indices, test indices)] with every class spread evenly over the folds, in an order drawn from seed."""
+    """[(train indices, test indices)] with every class spread evenly over the folds, drawn from seed."""
     labels = np.asarray(labels)
     fold = np.empty(len(labels), int)
     rng, start = np.random.default_rng(seed), 0
@@ -117,7 +119,7 @@ def stratified_folds(labels, folds=3, seed=0):
 
 
 class Pixels(torch.nn.Module):
-    """The baseline that sees no network: 16 x 16 pixels of the middle frame, and the mean change from frame to frame."""
+    """The baseline without a network: 16 x 16 pixels of the middle frame, and of frame changes."""
 
     def encode(self, video):
         """video (B, T, H, W, C) uint8 to {"middle frame": (B, 1, 768), "frame changes": (B, 1, 768)}."""
@@ -127,18 +129,22 @@ class Pixels(torch.nn.Module):
 
 
 @torch.no_grad()
-def extract(models, source, *, batch=32, workers=0, device="cpu", measure=None):
-    """One pass over a source through several models, masking off, fp32, eval mode: (features, targets, names).
+def extract(models, source, *, indices=None, batch=32, workers=0, device="cpu", measure=None):
+    """One pass over a source through several models, masking off, fp32: (features, targets, indices).
 
-    models: {title: model with encode()}. features: {(title, "block1"): (n, D), ...}, the mean over the tokens after
-    every block (Sec. 4), on the CPU. targets: (n, L) class numbers in source.labels. names: of the n clips.
-    measure: also collect this function of a block's tokens (B, N, D), a (B,) tensor, as {(title, "block1", "measure")}.
-    Broken files are named and left out. Raises ValueError if no clip is left.
+    models: {title: model with encode()}. indices: clips to take; None: all. Broken files are named and left
+    out.
+    measure: also collect this function of a block's tokens (B, N, D), which returns (B,).
+    Returns features {(title, "block1"): (n, D), ...}, the mean over the tokens after every block (Sec. 4),
+    and {(title, "block1", "measure"): (n,), ...}; targets (n, L), class numbers in source.labels; the clips
+    taken.
+    Raises ValueError if no clip can be read.
     """
     models = {title: model.eval().to(device) for title, model in models.items()}
-    features, indices = defaultdict(list), []
-    bar = tqdm(total=len(source), desc="features", unit=" clips", leave=False, mininterval=1)
-    for clips in evaluation_loader(source, batch=batch, workers=workers):
+    indices = range(len(source)) if indices is None else indices
+    features, taken = defaultdict(list), []
+    bar = tqdm(total=len(indices), desc="features", unit=" clips", leave=False, mininterval=1)
+    for clips in evaluation_loader(source, indices=indices, batch=batch, workers=workers):
         for path, reason in source.check_broken(clips["broken"]).items():
             bar.write(f"broken, left out: {path} ({reason})")
         for title, model in models.items() if clips["index"] else ():
@@ -146,42 +152,41 @@ def extract(models, source, *, batch=32, workers=0, device="cpu", measure=None):
                 features[title, name].append(tokens.float().mean(dim=1).cpu())  # (B, D)
                 if measure is not None:
                     features[title, name, "measure"].append(measure(tokens).cpu())  # (B,)
-        indices += clips["index"]
+        taken += clips["index"]
         bar.update(len(clips["index"]) + len(clips["broken"]))
     bar.close()
-    if not indices:
+    if not taken:
         raise ValueError("There is no clip to read in this data.")
-    targets = torch.tensor([source.targets(index) for index in indices])
-    return {key: torch.cat(parts) for key, parts in features.items()}, targets, [source.name(i) for i in indices]
-
-
-def untrained(checkpoint):
-    """The network of a run before its first step: the same architecture, at random initialisation."""
-    torch.manual_seed(checkpoint["settings"]["seed"])
-    return Blockwise(**checkpoint["config"])
+    targets = torch.tensor([source.targets(index) for index in taken])
+    return {key: torch.cat(parts) for key, parts in features.items()}, targets, taken
 
 
 def score(x, targets, folds, *, k=20):
     """All scores of one set of features: a dict of floats, and "targets": the test accuracy of each target.
 
-    x: (n, D). targets: (n, L). folds: [(train indices, test indices)]; accuracies are means over the folds, and over the
-    targets (Sec. 4). Retrieval is among the test clips of all folds, on the first target.
+    x: (n, D). targets: (n, L). folds: [(train indices, test indices)]; accuracies are means over the folds
+    and over the targets (Sec. 4). Retrieval is among the test clips of all folds, on the first target.
     """
-    results = defaultdict(list)
-    for column in targets.T:
-        scores = []
-        for train, test in folds:
-            classes = int(column.max()) + 1
-            both = logistic_probe(x[train], column[train], x[torch.cat([train, test])], classes=classes).argmax(dim=1)
-            accuracy, balanced = accuracies(both[len(train) :], column[test])
-            neighbours = accuracies(knn(x[train], column[train], x[test], k=k), column[test])[0]
-            scores.append((accuracy, balanced, accuracies(both[: len(train)], column[train])[0], neighbours))
-        for name, value in zip(("targets", "balanced", "train", "knn"), np.mean(scores, axis=0)):
-            results[name].append(float(value))
     tested = torch.cat([test for _, test in folds])
-    means = {name: float(np.mean(values)) for name, values in results.items()}
-    accuracy = {"accuracy": means.pop("targets"), "targets": results["targets"]}
-    return accuracy | means | retrieval(x[tested], targets[tested, 0])
+    test, balanced, fitted = probe_accuracy(x, targets, folds)
+    near = [accuracies(knn(x[a], y[a], x[b], k=k), y[b])[0] for y in targets.T for a, b in folds]
+    means = {"accuracy": test, "balanced": balanced, "train": fitted, "knn": near}
+    means = {name: float(np.mean(values)) for name, values in means.items()}
+    return means | {"targets": list(test)} | retrieval(x[tested], targets[tested, 0])
+
+
+def probe_accuracy(x, targets, folds):
+    """Linear probe of every target, means over folds: [test accuracy], [balanced], [training]."""
+    found = []
+    for y in targets.T:
+        of_folds = []
+        for train, test in folds:
+            both = torch.cat([train, test])
+            predicted = logistic_probe(x[train], y[train], x[both], classes=int(y.max()) + 1).argmax(dim=1)
+            fitted = accuracies(predicted[: len(train)], y[train])[0]
+            of_folds.append((*accuracies(predicted[len(train) :], y[test]), fitted))
+        found.append(np.mean(of_folds, axis=0).tolist())
+    return tuple(zip(*found))
 
 
 def chance(targets, folds):
@@ -203,18 +208,176 @@ def fail(message):
 
 
 def parser(description):
-    """The flags that say which runs to look at, on which clips; analyze.py has them too."""
-    flags = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    """The flags that say which runs to look at and on which clips; analyze.py has them too."""
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    flags = argparse.ArgumentParser(description=description, **style)
+    flags.error = fail
+    flags.add_argument("runs", nargs="+", metavar="RUN", help="run folder that train.py has written")
+    flags.add_argument(
+        "--data", help="folder of videos, gratings, or double-gratings [generated moving scenes]"
     )
-    flags.add_argument("runs", nargs="+", metavar="RUN", help="run folder that train.py has written, or a checkpoint")
-    flags.add_argument("--data", help="folder of videos, gratings, or double-gratings [generated moving scenes]")
-    flags.add_argument("--train-list", help="videos to fit on; without lists: 3 stratified folds")
+    flags.add_argument(
+        "--train-list", help="videos to fit on, as in train.py --list; without: 3 stratified folds"
+    )
     flags.add_argument("--test-list", help="videos to test on")
     flags.add_argument("--stride", type=int, default=4, help="take every stride-th frame of a video [4]")
-    flags.add_argument("--short", choices=("drop", "repeat"), default="drop", help="rule for short videos [drop]")
-    flags.add_argument("--clips", type=int, help="take this many clips, spread over the data [3000 of the scenes; else all]")
+    flags.add_argument(
+        "--short", choices=("drop", "repeat"), default="drop", help="rule for short videos [drop]"
+    )
+    flags.add_argument("--clips", type=int, help="take only this many, spread over the data [scenes: 3000]")
     flags.add_argument("--batch", type=int, default=32, help="clips at a time [32]")
-    flags.add_argument("--workers", type=int, default=max(1, torch.get_num_threads() // 2), help="reading processes")
-    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
+    workers = max(1, torch.get_num_threads() // 2)
+    flags.add_argument("--workers", type=int, default=workers, help=f"processes that read clips [{workers}]")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    flags.add_argument("--device", default=device, help=f"cpu, cuda or mps [{device}]")
     return flags
+
+
+def flags():
+    """The command line of this script."""
+    found = parser(__doc__)
+    found.add_argument("--k", type=int, default=20, help="neighbours of k-NN [20]")
+    found.add_argument("--features", metavar="FILE.npz", help="write features, labels and names; no probe")
+    return found
+
+
+class Run(NamedTuple):
+    """A trained run: its folder's name, that name without the seed, the model, the checkpoint."""
+
+    title: str
+    group: str
+    model: torch.nn.Module
+    checkpoint: dict
+
+
+def read_runs(paths):
+    """Runs from their folders. ValueError if they do not all take clips of the same size."""
+    runs = []
+    for path in paths:
+        title = Path(path).resolve().name if Path(path).is_dir() else Path(path).resolve().parent.name
+        runs.append(Run(title, re.sub(r"-seed\d+$", "", title), *load(path)))
+        if runs[-1].model.video != runs[0].model.video:
+            raise ValueError(
+                f"{runs[0].title} and {title} take clips of different sizes; look at them one by one."
+            )
+    return runs
+
+
+def untrained(run):
+    """The network of a run before its first step: the same architecture, at random initialisation."""
+    torch.manual_seed(run.checkpoint["settings"]["seed"])
+    return Blockwise(**run.checkpoint["config"])
+
+
+def subjects(runs):
+    """All that is measured: {title: model} of the runs, of each architecture untrained, and of the pixels."""
+    fresh = {f"untrained, K = {run.model.config['blocks']}": untrained(run) for run in runs}
+    return {"pixels": Pixels()} | fresh | {run.title: run.model for run in runs}
+
+
+def open_data(args, video):
+    """[(source, indices)] of the clips that the flags name: all in one, or training list and test list."""
+    if bool(args.train_list) != bool(args.test_list):
+        raise ValueError("--train-list and --test-list go together; without both, 3 folds are drawn.")
+    if args.train_list and args.data in (None, "gratings", "double-gratings"):
+        raise ValueError("--train-list and --test-list name videos; say in which folder with --data.")
+    rules = {"video": video, "stride": args.stride, "short": args.short}
+    if args.train_list:
+        sources = [Videos(args.data, list_file=name, **rules) for name in (args.train_list, args.test_list)]
+    elif args.data is None:
+        sources = [Scenes("test", clips=args.clips or 3000, video=video)]
+    elif args.data in ("gratings", "double-gratings"):
+        sources = [Gratings(double=args.data == "double-gratings", video=video)]
+    else:
+        sources = [Videos(args.data, **rules)]
+    counts = [min(args.clips or len(source), len(source)) for source in sources]
+    return [
+        (source, np.linspace(0, len(source) - 1, count).round().astype(int).tolist())
+        for source, count in zip(sources, counts)
+    ]
+
+
+def collect(args, models, data, measure=None):
+    """Features of all clips from open_data(): (features, targets, names, labels, folds), see extract().
+
+    labels: {target: class names}. folds: [(train indices, test indices)]: of the two lists, or 3 folds
+    stratified on the first target (Sec. 4).
+    """
+    how = {"batch": args.batch, "workers": args.workers, "device": args.device, "measure": measure}
+    features, targets, names, sizes = defaultdict(list), [], [], []
+    labels = dict(data[0][0].labels)
+    for source, indices in data:
+        found, numbers, taken = extract(models, source, indices=indices, **how)
+        if "class" in labels:  # the test list may hold other classes, or in another order
+            classes = source.labels["class"]
+            labels["class"] += tuple(name for name in classes if name not in labels["class"])
+            numbers = torch.tensor([labels["class"].index(name) for name in classes])[numbers]
+        for key, value in found.items():
+            features[key].append(value)
+        targets.append(numbers)
+        names += [source.name(index) for index in taken]
+        sizes.append(len(taken))
+    targets = torch.cat(targets)
+    folds = stratified_folds(targets[:, 0])
+    if len(data) == 2:
+        folds = [tuple(torch.arange(len(targets)).split(sizes))]
+    return {key: torch.cat(parts) for key, parts in features.items()}, targets, names, labels, folds
+
+
+def print_table(title, columns, rows):
+    """Print rows {name: [[value of each seed], ...]} under their columns."""
+    width = max([len(name) for name in rows] + [len(title)])
+    print(f"\\n{title:{width}}  " + "  ".join(f"{column:>11}" for column in columns))
+    for name, values in rows.items():
+        print(f"{name:{width}}  " + "  ".join(f"{spread(value):>11}" for value in values))
+
+
+def spread(values):
+    """Mean over seeds, ± their standard deviation if there are several."""
+    mean = f"{np.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ±{np.std(values, ddof=1):.3f}"
+
+
+def main(arguments=None):
+    """Print what can be read from every block."""
+    args = flags().parse_args(arguments)
+    try:
+        probe(args)
+    except ValueError as error:
+        fail(error)
+
+
+def probe(args):
+    """The tables, or the features file."""
+    runs = read_runs(args.runs)
+    models = {run.title: run.model for run in runs} if args.features else subjects(runs)
+    data = open_data(args, runs[0].model.video)
+    features, targets, names, labels, folds = collect(args, models, data)
+    if args.features:
+        arrays = {(name if len(runs) == 1 else f"{title}/{name}"): x for (title, name), x in features.items()}
+        arrays |= {
+            target: np.array(values)[targets[:, i]] for i, (target, values) in enumerate(labels.items())
+        }
+        np.savez(args.features, names=np.array(names), **arrays)
+        print(f"{args.features}: {', '.join(arrays)}, names; {len(names)} clips")
+        return
+
+    groups, scores = {run.title: run.group for run in runs}, defaultdict(list)
+    for (title, name), x in tqdm(features.items(), "probes", leave=False):
+        scores[f"{groups.get(title, title)} {name}"].append(score(x, targets, folds, k=args.k))
+    train, test = folds[0]
+    print(
+        f"{args.data or 'moving scenes'}: {len(train)} clips to fit, {len(test)} to test, folds: {len(folds)}"
+    )
+    guess = chance(targets, folds)
+    rows = {"chance": [[np.mean(guess)], *([value] for value in guess)]}
+    for name, results in scores.items():
+        rows[name] = [[r["accuracy"] for r in results], *zip(*(r["targets"] for r in results))]
+    print_table("linear probe, test accuracy", ["mean", *labels], rows)
+    others = ["accuracy", "balanced", "train", "knn", "map", "top1", "top5", "top10"]
+    rows = {name: [[r[other] for r in results] for other in others] for name, results in scores.items()}
+    print_table(f"mean of targets; retrieval of {next(iter(labels))}", others, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ A run writes into its folder: config.json, log.jsonl, recon_*.png, recon.mp4 and
 import argparse
 import json
 import math
+import shlex
 import signal
 import sys
 import time
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from blockwise import REGIMES, Blockwise, count_parameters, load, make_optimizers, save, train_step
-from data import READ_ERRORS, Scenes, Videos, loader, tile, write_picture, write_video
+from data import READ_ERRORS, BrokenVideos, Scenes, Videos, loader, tile, write_picture, write_video
 from model import SIZES, normalized_targets, patchify, take, tube_mask, unpatchify
 
 # tiny and small: the paper's recipe (Sec. 3.2, 3.4). Paper does not say: batch size. nano: ours, for a CPU.
@@ -84,7 +85,11 @@ class Config:
     weight_decay: float = option(0.05, "AdamW's, on weight matrices only", 0)
     beta1: float = option(0.9, "AdamW's, of the mean gradient", 0, 1)
     beta2: float = option(0.95, "AdamW's, of the mean squared gradient", 0, 1)
-    clip: float = option(0.0, "largest gradient norm of each block by itself; 0: no clipping", 0)
+    clip: float = option(
+        0.0,
+        "largest gradient norm, of each isolated block by itself; 0: no clipping",
+        0,
+    )
     seed: int = option(0, "of the weights, the data order and the masks", 0)
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -154,7 +159,7 @@ def parse(arguments=None):
 
 
 def complete(config):
-    """Fill in what was left open: device, dtype, recipe of the size, name of the run. Returns the device."""
+    """Fill in what was left open: device, dtype, workers, the recipe of the size. Returns where it runs."""
     wanted, why = config.device, "as asked"
     if wanted == "auto":
         if torch.cuda.is_available():
@@ -163,12 +168,14 @@ def complete(config):
             config.device, why = "mps", "Apple GPU"
         else:
             config.device, why = "cpu", f"no GPU found; {torch.get_num_threads()} threads"
+    cuda = config.device.startswith("cuda")
     try:
         torch.zeros(1, device=config.device)
+        if cuda:
+            torch.cuda.set_device(torch.device(config.device).index or 0)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {wanted} does not work here ({reason}); try --device cpu.") from None
-    cuda = config.device.startswith("cuda")
     if config.dtype == "auto":
         config.dtype = "bf16" if cuda else "fp32"
     if config.workers is None:
@@ -176,34 +183,51 @@ def complete(config):
         config.workers = min(8, cores if cuda and config.data else max(1, cores // 2))
     recipe = dict(RECIPES[config.size])
     if config.steps or config.epochs:
-        recipe.pop("steps", None), recipe.pop("epochs", None)
+        recipe = {name: value for name, value in recipe.items() if name not in ("steps", "epochs")}
     for name, value in recipe.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
     if config.accumulate > config.batch:
         raise ValueError(
-            f"--accumulate {config.accumulate} is more parts than the batch has clips ({config.batch})."
+            f"--accumulate {config.accumulate} is more parts than the batch has clips, {config.batch}."
         )
-    if config.out is None:
-        data = f"-{Path(config.data).resolve().name}" if config.data else ""
-        seed = f"-seed{config.seed}" if config.seed else ""
-        config.out = f"runs/{config.size}-{config.regime}-{config.blocks}{data}{seed}"
     return f"{config.device} ({why}), {config.dtype}"
 
 
+def default_folder(config):
+    """Folder of a run that is not given one: named after what sets runs apart."""
+    data = f"-{Path(config.data).resolve().name}" if config.data else ""
+    seed = f"-seed{config.seed}" if config.seed else ""
+    return f"runs/{config.size}-{config.regime}-{config.blocks}{data}{seed}"
+
+
+def command(config, **changes):
+    """The command that starts a run with these settings and some changes."""
+    plain, parts = Config(size=config.size), ["python", "train.py"]
+    complete(plain)
+    for f in fields(Config):
+        value = changes.get(f.name, getattr(config, f.name))
+        if f.name not in ("device", "workers", "out", "resume") and value != getattr(plain, f.name):
+            values = value if isinstance(value, tuple) else () if value is True else (value,)
+            parts += [flag(f.name), *map(str, values)]
+    return shlex.join(parts)
+
+
 def resumed(config, given):
-    """Settings and checkpoint of the run in --out. Where it runs may change, what it computes may not."""
-    _, checkpoint = load(config.out)
+    """Settings, model and checkpoint of the run in --out. It may run elsewhere, but not otherwise."""
+    model, checkpoint = load(config.out)
     saved = checkpoint["settings"]
-    for name in given - {"resume", "out", "device", "workers"}:
+    elsewhere = {"resume", "out", "device", "workers", "data", "list"}
+    for name in given - elsewhere:
         value = getattr(config, name)
-        if saved[name] != value:
+        if value not in (saved[name], "auto"):
             raise ValueError(
                 f"{config.out} was started with {flag(name)} {saved[name]}, not {value}; leave it out to go "
                 "on with that run, or start another one with --out."
             )
     here = {"device": config.device, "workers": config.workers, "out": config.out, "resume": True}
-    return Config(**(saved | here)), checkpoint
+    here |= {name: getattr(config, name) for name in {"data", "list"} & given}
+    return Config(**(saved | here)), model, checkpoint
 
 
 def model_arguments(config):
@@ -218,34 +242,35 @@ def model_arguments(config):
 def set_up(arguments):
     """All that comes before training. ValueError, one sentence with the fix, for what the user can mend."""
     config, given = parse(arguments)
-    where = complete(config)
-    out, checkpoint = Path(config.out), None
+    config.out = config.out or default_folder(config)
+    out, model, checkpoint = Path(config.out), None, None
     if config.resume:
-        config, checkpoint = resumed(config, given)
+        config, model, checkpoint = resumed(config, given)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(
             f"{out} is in use; go on with that run by --resume, or choose another folder with --out."
         )
-    torch.manual_seed(config.seed)
-    model = Blockwise(**model_arguments(config)).to(config.device)
+    where = complete(config)
+    if model is None:
+        torch.manual_seed(config.seed)
+        model = Blockwise(**model_arguments(config))
     tube_mask(1, model.grid, config.mask)  # raises if the ratio does not fit the grid
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
     if config.data:
         rules = {"stride": config.stride, "short": config.short}
         source = Videos(config.data, list_file=config.list, video=model.video, **rules)
     else:
         source = Scenes("train", video=model.video)
-    if not checkpoint:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-    return config, model, source, checkpoint, where
+    if checkpoint and source.fingerprint != checkpoint["data"]:
+        raise ValueError(
+            f"{config.out} was started on other videos; restore them, or start another run with --out."
+        )
+    return config, model.to(config.device).train(), source, checkpoint, where
 
 
 # ---- what a run shows ----
 
 
-def describe(config, model, source, where, total):
+def describe(config, model, source, where, done, total):
     """Print what runs, on what, and on a CPU for how long."""
     print(f"{config.out}: {config.size}, {config.regime}, K = {config.blocks}, on {where}")
     if config.data:
@@ -261,11 +286,11 @@ def describe(config, model, source, where, total):
     listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     print(f"parameters: {listed}; in all {sum(counts.values()):,}")
     if config.device == "cpu":
-        minutes = estimate(config, model, total) / 60
+        minutes = estimate(config, model, total - done) / 60
         duration = f"{minutes:.0f} minutes" if minutes < 100 else f"{minutes / 60:.0f} hours"
-        print(f"{total} steps, about {duration} here")
+        print(f"{total - done} steps, about {duration} here")
         if minutes >= 100:
-            data = f" --data {config.data}" if config.data else ""
+            data = f" --data {shlex.quote(config.data)}" if config.data else ""
             print(f"  to see it run in minutes: python train.py --blocks {config.blocks}{data} (size nano)")
     sys.stdout.flush()
 
@@ -287,8 +312,9 @@ class Log:
 
     def __init__(self, path, done, total):
         """done: steps that the checkpoint holds. What a stopped run has logged after them is cut off."""
-        lines = path.read_text().splitlines() if path.exists() else []
-        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= done))
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # the last one may be torn
+        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= done))
         self.path, self.clips, self.waited, self.since = path, 0, 0.0, time.perf_counter()
         self.bar = tqdm(total=total, initial=done, unit=" steps", mininterval=1)
 
@@ -330,8 +356,8 @@ def peak_memory():
 
 
 @torch.no_grad()
-def draw(model, clips, path):
-    """Write what every decoder makes of some fixed clips; returns its loss on them, {block name: float}.
+def draw(model, clips, path, blocks):
+    """Write what the decoders of some blocks make of fixed clips; returns their losses, {block name: float}.
 
     clips: (video, visible, masked). path: .png shows 8 frames of the first clip, .mp4 moves 6 clips. A
     prediction is of normalised tubelets: it has no mean and contrast of its own. So target and predictions
@@ -340,6 +366,7 @@ def draw(model, clips, path):
     """
     video, visible, masked = clips
     predictions = model.reconstruct(video, visible, masked)
+    predictions = {name: prediction for name, prediction in predictions.items() if name in blocks}
     patches = patchify(video, model.tubelet).float()  # (B, N, P)
     target, mean, std = normalized_targets(take(patches, masked) / 255)  # (B, M, P)
     losses = {name: F.mse_loss(prediction.float(), target).item() for name, prediction in predictions.items()}
@@ -349,7 +376,7 @@ def draw(model, clips, path):
         return unpatchify(filled, model.video, model.tubelet).clamp(0, 255).byte().cpu().numpy()
 
     dark = torch.full_like(patches, 24)
-    rows = {"input": paint(patches[:, :0], masked[:, :0], patches)}  # (B, T, H, W, C)
+    rows = {"input": video.cpu().numpy()}  # (B, T, H, W, C)
     rows["visible"] = paint(take(patches, visible), visible, dark)
     rows["target"] = paint(127.5 + 50 * target, masked, dark)
     for name, prediction in predictions.items():
@@ -371,7 +398,7 @@ def draw(model, clips, path):
 
 def learning_rate(config, step, steps):
     """Linear warm-up, then cosine (Sec. 3.4)."""
-    # Paper does not say: length of the warm-up and final rate. Both are VideoMAE's choice.
+    # Paper does not say: length of the warm-up and final rate. Both are ours.
     warm = round(config.warmup * steps)
     if step < warm:
         return config.lr * (step + 1) / warm
@@ -395,7 +422,7 @@ def fixed_clips(config, model, source, count=32):
         except READ_ERRORS:
             pass  # named as soon as training meets it
     if not videos:
-        raise ValueError(f"None of {count} videos that were tried can be read.")
+        raise BrokenVideos(f"None of {count} videos that were tried can be read.")
     visible, masked = tube_mask(
         len(videos), model.grid, config.mask, torch.Generator().manual_seed(config.seed)
     )
@@ -418,15 +445,14 @@ def step_in_parts(config, model, optimizers, video, visible, masked):
     return losses, norms
 
 
-def check_finite(record, clips):
+def check_finite(losses, norms, step, lr, clips):
     """FloatingPointError that names the block, if a loss or gradient norm is not finite."""
-    for name, norm in record["grad_norm"].items():
-        loss = record["loss"].get(name, 0.0)
+    for name, norm in norms.items():
+        loss = losses.get(name, 0.0)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
-                f"{name} is not finite at step {record['step']}: loss {loss}, gradient norm {norm}, "
-                f"lr {record['lr']}, clips {', '.join(clips)}. The last checkpoint is kept; try a lower "
-                "--lr, --clip 1 or --dtype fp32."
+                f"{name} is not finite at step {step}: loss {loss}, gradient norm {norm}, lr {lr}, clips "
+                f"{', '.join(clips)}; the last checkpoint is kept. Try a lower --lr, --clip 1, --dtype fp32."
             )
 
 
@@ -438,29 +464,51 @@ def catch_signals():
     return caught
 
 
+def load_optimizers(optimizers, states):
+    """Give every optimizer its state from a checkpoint."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        if optimizer is not None:
+            optimizer.load_state_dict(state)
+
+
+def save_run(config, model, optimizers, source, done):
+    """Write the run's checkpoint."""
+    what = {"step": done, "settings": asdict(config), "data": source.fingerprint}
+    save(Path(config.out) / "last.pt", model, optimizers, **what)
+
+
+def start_folder(config, model, source, checkpoint):
+    """Make the folder of a new run, with a checkpoint of step 0: from here on it can be resumed."""
+    if checkpoint is None:
+        out = Path(config.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        save_run(config, model, [], source, done=0)
+
+
 def train(config, model, source, checkpoint, where):
     """The training loop, from the checkpoint to the end or to a signal. Returns the signals caught."""
-    out, done = Path(config.out), checkpoint["step"] if checkpoint else 0
+    signals, out, cpu = catch_signals(), Path(config.out), config.device == "cpu"
+    done = checkpoint["step"] if checkpoint else 0
     steps = config.steps or max(1, math.ceil(config.epochs * len(source) / config.batch))  # of one stage
     total = steps * model.stages
-    describe(config, model, source, where, total)
+    describe(config, model, source, where, done, total)
     hyper = {"lr": config.lr, "betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
     optimizers = make_optimizers(model, stage=done // steps, **hyper)
     if done % steps:
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            if optimizer is not None:
-                optimizer.load_state_dict(state)
+        load_optimizers(optimizers, checkpoint["optimizers"])
     if config.compile:
         for part in [*model.blocks.values(), *model.decoders.values()]:
             part.compile()
-    clips, signals, saved = fixed_clips(config, model, source), catch_signals(), -math.inf
+    clips, saved = fixed_clips(config, model, source), time.monotonic()
+    start_folder(config, model, source, checkpoint)
     feed = {"batch": config.batch, "seed": config.seed, "workers": config.workers}
     batches = iter(
         loader(source, first=done, last=total, pin_memory=config.device.startswith("cuda"), **feed)
     )
-    log = Log(out / "log.jsonl", done, total)
+    log, ends = Log(out / "log.jsonl", done, total), done == total
 
-    while done < total and not signals:
+    while not ends:
         stage, step = divmod(done, steps)
         if step == 0:  # sequential: each stage has a fresh optimizer and schedule
             optimizers = make_optimizers(model, stage=stage, **hyper)
@@ -478,20 +526,23 @@ def train(config, model, source, checkpoint, where):
 
         ends = done == total or bool(signals)
         draws = ends or done == 1 or done % max(1, total // 10) == 0
-        if draws or done % min(50, max(1, total // 100)) == 0:
+        logs = draws or done % min(50, max(1, total // 100)) == 0
+        if logs or cpu:  # on a GPU, looking at a number waits for it
+            losses, norms = ({name: x.item() for name, x in values.items()} for values in (losses, norms))
+            check_finite(losses, norms, done, lr, [source.name(index) for index in batch["index"]])
+        if logs:
             record = {"step": done, "epoch": round(done * config.batch / len(source), 4), "lr": lr}
-            record["loss"] = {name: loss.item() for name, loss in losses.items()}
-            record["grad_norm"] = {name: norm.item() for name, norm in norms.items()}
-            check_finite(record, [source.name(index) for index in batch["index"]])
+            record |= {"loss": losses, "grad_norm": norms}
             if draws:
-                record["eval_loss"] = draw(model, clips, out / f"recon_{done:06d}.png")
+                reached = [name for group in model.groups[: len(optimizers)] for name in group]
+                record["eval_loss"] = draw(model, clips, out / f"recon_{done:06d}.png", reached)
             log.write(record)
             if ends or time.monotonic() - saved > 60:
-                save(out / "last.pt", model, optimizers, step=done, settings=asdict(config))
+                save_run(config, model, optimizers, source, done)
                 saved = time.monotonic()
     log.bar.close()
     if done == total:
-        losses = draw(model, clips, out / "recon.mp4")
+        losses = draw(model, clips, out / "recon.mp4", model.blocks)
         print(
             "reconstruction loss by block:", ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         )
@@ -501,18 +552,21 @@ def train(config, model, source, checkpoint, where):
 def main(arguments=None):
     """Train as the command line says."""
     try:
-        config, *rest = set_up(arguments)
-        signals = train(config, *rest)
+        run = set_up(arguments)
     except ValueError as error:
+        fail(error)
+    config = run[0]
+    try:
+        signals = train(*run)
+    except BrokenVideos as error:
         fail(error)
     except FloatingPointError as error:
         sys.exit(f"train.py: {error}")
     if signals:
-        print(f"stopped and saved; go on with: python train.py --resume --out {config.out}")
+        print(f"stopped and saved; go on with: python train.py --resume --out {shlex.quote(config.out)}")
         sys.exit(128 + signals[0])
     print(f"  (predicting the mean of every tubelet gives 1.0; {config.out}/recon.mp4 shows it)")
-    other = "e2e" if config.regime != "e2e" else "simultaneous"
-    print(f"next, to compare: python train.py --blocks {config.blocks} --regime {other}")
+    print("next, to compare:", command(config, regime="simultaneous" if config.regime == "e2e" else "e2e"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,476 @@
+"""How does the representation develop with depth? The paper's measurements, block by block, and its claims.
+
+Römer & Dickscheid, arXiv 2601.09040, Sec. 4. The probe and retrieval are in probe.py.
+
+    python analyze.py runs/nano-e2e-4 runs/nano-simultaneous-4 runs/nano-sequential-4 --plot
+    python analyze.py RUN RUN --data VIDEOS --train-list train.txt --test-list test.txt
+
+Prints one table per measurement and what the runs say to the paper's claims C1-C7; writes analysis.json and
+figures.
+Shapes: B batch, N tokens, D width, K blocks, M masked tokens, P values in one tubelet; here n clips.
+"""
+
+import argparse
+import itertools
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import evaluation_loader
+from model import normalized_targets, patchify, take, tube_mask
+from probe import (
+    collect,
+    fail,
+    open_data,
+    parser,
+    print_table,
+    probe_accuracy,
+    read_runs,
+    score,
+    subjects,
+)
+
+# ---- measurements: plain tensors in, numbers out ----
+
+
+def linear_cka(x, y):
+    """Linear centred kernel alignment (Sec. 4): |X'Y|^2 / (|X'X| |Y'Y|), columns centred.
+
+    x (n, D), y (n, E): the same n clips. Returns 0..1; nan if x or y is constant. In float64.
+    """
+    x, y = (a.double() - a.double().mean(dim=0) for a in (x, y))
+    return ((x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())).item()
+
+
+def rbf_cka(x, y):
+    """CKA with Gaussian kernels exp(-gamma * distance^2), gamma = 1 / (2 * median distance^2) (Sec. 4).
+
+    x (n, D), y (n, E): the same n clips; the median is over pairs of different clips. Returns 0..1; nan if
+    constant.
+    """
+
+    def kernel(a):
+        squared = torch.cdist(a.double(), a.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+        upper = torch.triu_indices(len(a), len(a), offset=1)
+        k = (-squared / (2 * squared[upper[0], upper[1]].median())).exp()
+        return k - k.mean(dim=0) - k.mean(dim=1, keepdim=True) + k.mean()
+
+    k, l = kernel(x), kernel(y)
+    return ((k * l).sum() / (k.norm() * l.norm())).item()
+
+
+def patch_similarity(tokens):
+    """Mean cosine between the different tokens of a clip (Sec. 4). (B, N, D) to (B,).
+
+    Tokens go through LayerNorm without affine first (eps 1e-12).
+    """
+    z = F.layer_norm(tokens.double(), tokens.shape[-1:], eps=1e-12)
+    z = F.normalize(z, dim=-1)
+    pairs = z.sum(dim=1).square().sum(dim=-1) - z.square().sum(dim=(1, 2))  # of all ordered pairs
+    return pairs / (z.shape[1] * (z.shape[1] - 1))
+
+
+def spectrum(x):
+    """Shape of the covariance eigenvalues (Sec. 4) of features x (n, D): a dict.
+
+    effective_rank exp(-sum p log p); participation_ratio (sum l)^2 / sum l^2; isotropy, largest / mean
+    eigenvalue; dimensions90, the fewest with 90 % of the variance. All nan if x is constant.
+    """
+    x = x.double() - x.double().mean(dim=0)
+    eigenvalues = torch.linalg.svdvals(x).square()  # up to a factor that cancels
+    eigenvalues = F.pad(eigenvalues, (0, x.shape[1] - len(eigenvalues)))
+    total = eigenvalues.sum()
+    if total <= 0:
+        return dict.fromkeys(("effective_rank", "participation_ratio", "isotropy", "dimensions90"), math.nan)
+    p = eigenvalues / total
+    return {
+        "effective_rank": torch.special.entr(p).sum().exp().item(),
+        "participation_ratio": (1 / p.square().sum()).item(),
+        "isotropy": (p.max() * len(p)).item(),
+        "dimensions90": int((p.cumsum(dim=0) < 0.9 - 1e-12).sum()) + 1,
+    }
+
+
+def uniformity(x):
+    """Uniformity on the sphere (Sec. 4) of x (n, D): log mean exp(-2 |z_i - z_j|^2) over pairs."""
+    return (-2 * torch.pdist(F.normalize(x.double(), dim=1)).square()).exp().mean().log().item()
+
+
+def occlusion_drop(accuracy, occluded):
+    """OccDrop (Sec. 4): share of a probe's accuracy that is lost when retrained on occluded clips."""
+    return (accuracy - occluded) / accuracy if accuracy else math.nan
+
+
+def occlude(video, patch=(16, 16), *, halves=False, generator=None):
+    """Black but for one random patch on the grid, the same in all frames (Sec. 4), of (T, H, W, C).
+
+    halves: keep one patch in the left and one in the right half, as for double gratings.
+    """
+    _, H, W, _ = video.shape
+    kept = torch.zeros_like(video)
+    sides = [(0, W // patch[1] // 2), (W // patch[1] // 2, W // patch[1])] if halves else [(0, W // patch[1])]
+    for first, last in sides:
+        top = int(torch.randint(H // patch[0], (), generator=generator)) * patch[0]
+        left = int(torch.randint(first, last, (), generator=generator)) * patch[1]
+        window = (slice(None), slice(top, top + patch[0]), slice(left, left + patch[1]))
+        kept[window] = video[window]
+    return kept
+
+
+@torch.no_grad()
+def reconstruction_losses(model, videos, *, ratio=0.9, seed=0):
+    """Local loss by block on masked clips (Sec. 4): {"block1": float, ...}; e2e has block K's only.
+
+    videos: an iterable of (B, T, H, W, C) uint8. The masks are drawn from seed, the same for every model.
+    """
+    generator, sums, count = torch.Generator().manual_seed(seed), defaultdict(float), 0
+    device = next(model.parameters()).device
+    for video in videos:
+        masks = (index.to(device) for index in tube_mask(len(video), model.grid, ratio, generator))
+        visible, masked = masks
+        video = video.to(device)
+        target = normalized_targets(take(patchify(video, model.tubelet), masked))[0]  # (B, M, P)
+        for name, prediction in model.reconstruct(video, visible, masked).items():
+            sums[name] += F.mse_loss(prediction, target).item() * len(video)
+        count += len(video)
+    return {name: total / count for name, total in sums.items()}
+
+
+# ---- all measurements of some runs ----
+
+
+class Occluded:
+    """A source whose clips are occluded; which patch is left is drawn from (seed, number of the clip)."""
+
+    def __init__(self, source, patch, *, halves=False, seed=0):
+        self.source, self.patch, self.halves, self.seed = source, patch, halves, seed
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+    def __len__(self):
+        return len(self.source)
+
+    def read(self, index, rng=None):
+        """Clip `index` of the source, occluded."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        video = torch.from_numpy(self.source.read(index))
+        return occlude(video, self.patch, halves=self.halves, generator=generator).numpy()
+
+
+def measure(args, runs):
+    """Everything about every run and its untrained network: {title: {measurement: [value by block]}}."""
+    model, models = runs[0].model, subjects(runs)
+    del models["pixels"]
+    data = open_data(args, model.video)
+    features, targets, _, labels, folds = collect(args, models, data, measure=patch_similarity)
+    halves = args.data == "double-gratings"
+    covered = [(Occluded(source, model.tubelet[1:], halves=halves), indices) for source, indices in data]
+    occluded = collect(args, models, covered)[0]
+    results = {}
+    for title in tqdm(models, "measurements", leave=False):
+        names = list(models[title].blocks)
+        x = [features[title, name] for name in names]
+        scores = [score(z, targets, folds) for z in x]
+        hidden = [np.mean(probe_accuracy(occluded[title, name], targets, folds)[0]) for name in names]
+        spectra = [spectrum(z) for z in x]
+        results[title] = {
+            "accuracy": [s["accuracy"] for s in scores],
+            **{f"accuracy: {name}": [s["targets"][i] for s in scores] for i, name in enumerate(labels)},
+            "mAP": [s["map"] for s in scores],
+            "patch similarity": [features[title, name, "measure"].mean().item() for name in names],
+            "OccDrop": [occlusion_drop(s["accuracy"], h) for s, h in zip(scores, hidden)],
+            "linear CKA": [[linear_cka(a, b) for b in x] for a in x],
+            "RBF CKA": [[rbf_cka(a[:1000], b[:1000]) for b in x] for a in x],
+            **{name: [s[name] for s in spectra] for name in spectra[0]},
+            "uniformity": [uniformity(z[:5000]) for z in x],
+        }
+    source, indices = data[-1]
+    for run in tqdm(runs, "reconstruction", leave=False):
+        batches = evaluation_loader(source, indices=indices[:1000], batch=args.batch, workers=args.workers)
+        ratio = run.checkpoint["settings"]["mask"]
+        losses = reconstruction_losses(run.model, (clips["video"] for clips in batches), ratio=ratio)
+        results[run.title]["reconstruction loss"] = [losses.get(name, math.nan) for name in run.model.blocks]
+    across = {}
+    for a, b in itertools.combinations(runs, 2):
+        pairs = [(features[a.title, i], features[b.title, j]) for i in a.model.blocks for j in b.model.blocks]
+        values = np.array([linear_cka(x, y) for x, y in pairs]).reshape(len(a.model.blocks), -1)
+        across[f"{a.title} | {b.title}"] = values.tolist()
+    return {
+        "runs": results,
+        "linear CKA across runs": across,
+        "test clips": sum(len(test) for _, test in folds),
+    }
+
+
+# ---- the paper's claims ----
+
+HIGH = ("motion", "agreement", "class", "delta", "higher_side", "sf_difference", "sf_match", "theta_match")
+LOW = ("colour", "contrast", "sf", "sf_left", "sf_right")
+# Differs from paper: it names no thresholds. Ours, in accuracy: what counts as close, and as no gain.
+CLOSE, NO_GAIN, CKA_SATURATED = 0.03, 0.01, 0.98
+
+
+class Group:
+    """The runs of one setting that differ in their seed: means by block, and how sure they are."""
+
+    def __init__(self, runs, results, clips):
+        config = runs[0].model.config
+        self.regime, self.K, self.name = config["regime"], config["blocks"], runs[0].group
+        self.results, self.clips = [results[run.title] for run in runs], clips
+
+    def values(self, name):
+        """(seeds, K) of a measurement."""
+        return np.array([result[name] for result in self.results])
+
+    def mean(self, name, block=-1):
+        """Mean over seeds after one block."""
+        return float(self.values(name)[:, block].mean())
+
+    def error(self, name, block=-1):
+        """Variance of that mean: spread over seeds, and for accuracies the sampling of test clips."""
+        values = self.values(name)[:, block]
+        seeds = values.var(ddof=1) / len(values) if len(values) > 1 else 0.0
+        p = values.mean()
+        return seeds + (p * (1 - p) / self.clips if name.startswith("accuracy") else 0.0)
+
+
+def verdict(value, error, limit):
+    """Is value below limit? "confirmed", "refuted", or "cannot tell" within two standard errors."""
+    if abs(value - limit) <= 2 * math.sqrt(error):
+        return "cannot tell"
+    return "confirmed" if value < limit else "refuted"
+
+
+def overall(parts):
+    """One verdict from several: refuted if one is, confirmed if all are."""
+    parts = list(parts)
+    if not parts:
+        return "cannot tell"
+    return "refuted" if "refuted" in parts else "confirmed" if set(parts) == {"confirmed"} else "cannot tell"
+
+
+def difference(a, b, name, limit, block=-1):
+    """(verdict that a - b is below limit, the numbers in words)."""
+    value = a.mean(name, block) - b.mean(name, block)
+    error = a.error(name, block) + b.error(name, block)
+    numbers = f"{a.regime} K={a.K} {a.mean(name, block):.3f}, {b.regime} K={b.K} {b.mean(name, block):.3f}"
+    return verdict(value, error, limit), f"{name} {numbers}, two standard errors {2 * math.sqrt(error):.3f}"
+
+
+def claims(groups):
+    """What some groups of runs say to the paper's claims: {claim: (verdict, [numbers that decide])}.
+
+    An accuracy differs, or a limit is passed, if it does by two standard errors: those of seeds and of test
+    clips.
+    """
+    e2e = [g for g in groups if g.regime == "e2e"]
+    blockwise = [g for g in groups if g.regime in ("simultaneous", "sequential")]
+    pairs = [(a, b) for a in e2e for b in blockwise if a.K == b.K]
+    orders = [
+        (a, b) for a in blockwise for b in blockwise if (a.regime, b.regime) == ("simultaneous", "sequential")
+    ]
+    orders = [(a, b) for a, b in orders if a.K == b.K]
+    finer = [(a, b) for a in blockwise for b in blockwise if a.regime == b.regime and a.K < b.K]
+    targets = [
+        name.removeprefix("accuracy: ") for name in groups[0].results[0] if name.startswith("accuracy: ")
+    ]
+    high, low = ([f"accuracy: {t}" for t in targets if t in names] for names in (HIGH, LOW))
+
+    tests = {
+        "C1 blockwise training ends close to end-to-end": [
+            difference(a, b, "accuracy", CLOSE) for a, b in pairs
+        ],
+        "C2 sequential is like simultaneous": [
+            difference(x, y, "accuracy", CLOSE) for a, b in orders for x, y in ((a, b), (b, a))
+        ],
+        "C3 high-level targets are decodable earlier (block 1)": [
+            difference(a, b, name, 0.0, block=0) for a, b in pairs for name in high
+        ],
+        "C4 late blocks saturate": [saturation(b) for b in blockwise if b.K > 1],
+        "C5 low-level targets lose little": [difference(a, b, name, CLOSE) for a, b in pairs for name in low],
+        "C6 tokens mix earlier (patch similarity of block 1)": [
+            difference(a, b, "patch similarity", 0.0, block=0) for a, b in pairs
+        ],
+        "C7 finer blocks cost little": [difference(a, b, "accuracy", CLOSE) for a, b in finer],
+    }
+    return {
+        claim: (overall(v for v, _ in found), [words for _, words in found]) for claim, found in tests.items()
+    }
+
+
+def saturation(group):
+    """C4 for one group: the last block gains nothing, and its features are nearly the ones before."""
+    gain = group.mean("accuracy") - group.mean("accuracy", -2)
+    error = group.error("accuracy") + group.error("accuracy", -2)
+    cka = float(group.values("linear CKA")[:, -2, -1].mean())
+    parts = [verdict(gain, error, NO_GAIN), "confirmed" if cka >= CKA_SATURATED else "refuted"]
+    words = f"{group.regime} K={group.K}: last gain {gain:+.3f}, CKA {cka:.3f}, "
+    words += f"two standard errors of the gain {2 * math.sqrt(error):.3f}"
+    return overall(parts), words
+
+
+# ---- figures ----
+
+
+def plot(groups, folder):
+    """Draw the paper's Figures 2-5 as PNG files: lines are means, bands ±1 sd over seeds."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ValueError("--plot needs matplotlib; install it with: pip install matplotlib") from None
+    colours = dict(zip([g.name for g in groups], plt.get_cmap("tab10").colors))
+    targets = [name for name in groups[0].results[0] if name.startswith("accuracy")]
+
+    def lines(axis, name, title, x=None):
+        for g in groups:
+            if name in g.results[0]:
+                values = g.values(name)
+                blocks = np.arange(1, g.K + 1)
+                mean, sd = values.mean(axis=0), values.std(axis=0, ddof=len(values) > 1)
+                style = {"color": colours[g.name], "linestyle": "--" if "untrained" in g.name else "-"}
+                axis.plot(blocks, mean, marker="o", label=g.name, **style)
+                axis.fill_between(blocks, mean - sd, mean + sd, color=colours[g.name], alpha=0.2)
+        axis.set(title=title, xlabel="block")
+        axis.set_xticks(range(1, max(g.K for g in groups) + 1))
+        axis.grid(alpha=0.3)
+
+    def figure(name, panels):
+        columns = min(3, len(panels))
+        rows = -(-len(panels) // columns)
+        size = (4.2 * columns, 3.4 * rows + 0.6)
+        drawing, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+        for axis, draw_panel in zip(axes.flat, panels):
+            draw_panel(axis)
+        for axis in axes.flat[len(panels) :]:
+            axis.axis("off")
+        handles, names = axes.flat[0].get_legend_handles_labels()
+        drawing.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
+        drawing.savefig(folder / f"{name}.png", dpi=150)
+        plt.close(drawing)
+
+    def panel(name, title):
+        return lambda axis: lines(axis, name, title)
+
+    def gains(axis):
+        for g in groups:
+            accuracy, cka = g.values("accuracy").mean(axis=0), g.values("linear CKA").mean(axis=0)
+            x = [cka[k, k + 1] for k in range(g.K - 1)]
+            axis.plot(x, np.diff(accuracy), "o", color=colours[g.name], label=g.name)
+            for k, (left, up) in enumerate(zip(x, np.diff(accuracy))):
+                axis.annotate(
+                    f"{k + 1}→{k + 2}", (left, up), textcoords="offset points", xytext=(5, 4), fontsize=8
+                )
+        axis.axhline(0, color="gray", linewidth=0.8)
+        axis.set(title="gain against CKA, by transition", xlabel="linear CKA", ylabel="gain in accuracy")
+        axis.grid(alpha=0.3)
+
+    def heat(g):
+        def draw_panel(axis):
+            cka = g.values("linear CKA").mean(axis=0)
+            axis.imshow(cka, vmin=0, vmax=1, cmap="viridis", origin="lower", extent=(0.5, g.K + 0.5) * 2)
+            for i, j in itertools.product(range(g.K), repeat=2):
+                axis.text(
+                    j + 1,
+                    i + 1,
+                    f"{cka[i, j]:.2f}",
+                    ha="center",
+                    va="center",
+                    color="white" if cka[i, j] < 0.6 else "black",
+                )
+            axis.set(
+                title=g.name,
+                xlabel="block",
+                ylabel="block",
+                xticks=range(1, g.K + 1),
+                yticks=range(1, g.K + 1),
+            )
+
+        return draw_panel
+
+    figure(
+        "figure2_probe", [panel(name, "linear probe, " + name.replace("accuracy: ", "")) for name in targets]
+    )
+    figure(
+        "figure3_loss", [panel("reconstruction loss", "reconstruction loss"), panel("mAP", "retrieval mAP")]
+    )
+    figure("figure4_cka", [gains, *(heat(g) for g in groups)])
+    names = (
+        "patch similarity",
+        "OccDrop",
+        "effective_rank",
+        "participation_ratio",
+        "dimensions90",
+        "uniformity",
+    )
+    figure("figure5_tokens", [panel(name, name.replace("_", " ")) for name in names])
+
+
+# ---- command line ----
+
+
+def flags():
+    """The command line of this script."""
+    found = parser(__doc__)
+    found.add_argument("--out", default="analysis", help="folder for analysis.json and figures [analysis]")
+    found.add_argument(
+        "--plot", action=argparse.BooleanOptionalAction, default=False, help="draw the figures"
+    )
+    return found
+
+
+def main(arguments=None):
+    """Print the tables and the verdicts, write analysis.json, draw the figures."""
+    args = flags().parse_args(arguments)
+    try:
+        analyze(args)
+    except ValueError as error:
+        fail(error)
+
+
+def analyze(args):
+    """All of it for the runs that the flags name."""
+    runs = read_runs(args.runs)
+    found = measure(args, runs)
+    by_name = defaultdict(list)
+    for run in runs:
+        by_name[run.group].append(run)
+    groups = [Group(members, found["runs"], found["test clips"]) for members in by_name.values()]
+    for name in groups[0].results[0]:
+        if "CKA" not in name:
+            rows = {g.name: g.values(name).T.tolist() for g in groups}
+            print_table(name, [f"block{k}" for k in range(1, max(g.K for g in groups) + 1)], rows)
+    for name in ("linear CKA", "RBF CKA"):
+        rows = {g.name: [g.values(name)[:, k, k + 1].tolist() for k in range(g.K - 1)] for g in groups}
+        print_table(
+            f"{name} of consecutive blocks",
+            [f"{k}-{k + 1}" for k in range(1, max(g.K for g in groups))],
+            rows,
+        )
+
+    print("\nThe paper's claims, by two standard errors of seeds and test clips:")
+    verdicts = claims(groups)
+    for claim, (answer, numbers) in verdicts.items():
+        print(f"{claim}: {answer}" + "".join(f"\n    {words}" for words in numbers or ["no runs to compare"]))
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "analysis.json").write_text(json.dumps(found | {"claims": verdicts}, indent=1) + "\n")
+    if args.plot:
+        plot(groups, folder)
+    print(
+        f"\n{folder}/analysis.json"
+        + (f" and {folder}/figure2_probe.png to figure5_tokens.png" if args.plot else "")
+    )
+
+
+if __name__ == "__main__":
+    main()
