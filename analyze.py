@@ -328,83 +328,9 @@ def plot(groups, folder):
         import matplotlib.pyplot as plt
     except ImportError:
         raise ValueError("--plot needs matplotlib; install it with: pip install matplotlib") from None
-    colours = dict(zip([g.name for g in groups], plt.get_cmap("tab10").colors))
-    targets = [name for name in groups[0].results[0] if name.startswith("accuracy")]
-
-    def lines(axis, name, title, x=None):
-        for g in groups:
-            if name in g.results[0]:
-                values = g.values(name)
-                blocks = np.arange(1, g.K + 1)
-                mean, sd = values.mean(axis=0), values.std(axis=0, ddof=len(values) > 1)
-                style = {"color": colours[g.name], "linestyle": "--" if "untrained" in g.name else "-"}
-                axis.plot(blocks, mean, marker="o", label=g.name, **style)
-                axis.fill_between(blocks, mean - sd, mean + sd, color=colours[g.name], alpha=0.2)
-        axis.set(title=title, xlabel="block")
-        axis.set_xticks(range(1, max(g.K for g in groups) + 1))
-        axis.grid(alpha=0.3)
-
-    def figure(name, panels):
-        columns = min(3, len(panels))
-        rows = -(-len(panels) // columns)
-        size = (4.2 * columns, 3.4 * rows + 0.6)
-        drawing, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-        for axis, draw_panel in zip(axes.flat, panels):
-            draw_panel(axis)
-        for axis in axes.flat[len(panels) :]:
-            axis.axis("off")
-        handles, names = axes.flat[0].get_legend_handles_labels()
-        drawing.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
-        drawing.savefig(folder / f"{name}.png", dpi=150)
-        plt.close(drawing)
-
-    def panel(name, title):
-        return lambda axis: lines(axis, name, title)
-
-    def gains(axis):
-        for g in groups:
-            accuracy, cka = g.values("accuracy").mean(axis=0), g.values("linear CKA").mean(axis=0)
-            x = [cka[k, k + 1] for k in range(g.K - 1)]
-            axis.plot(x, np.diff(accuracy), "o", color=colours[g.name], label=g.name)
-            for k, (left, up) in enumerate(zip(x, np.diff(accuracy))):
-                axis.annotate(
-                    f"{k + 1}→{k + 2}", (left, up), textcoords="offset points", xytext=(5, 4), fontsize=8
-                )
-        axis.axhline(0, color="gray", linewidth=0.8)
-        axis.set(title="gain against CKA, by transition", xlabel="linear CKA", ylabel="gain in accuracy")
-        axis.grid(alpha=0.3)
-
-    def heat(g):
-        def draw_panel(axis):
-            cka = g.values("linear CKA").mean(axis=0)
-            axis.imshow(cka, vmin=0, vmax=1, cmap="viridis", origin="lower", extent=(0.5, g.K + 0.5) * 2)
-            for i, j in itertools.product(range(g.K), repeat=2):
-                axis.text(
-                    j + 1,
-                    i + 1,
-                    f"{cka[i, j]:.2f}",
-                    ha="center",
-                    va="center",
-                    color="white" if cka[i, j] < 0.6 else "black",
-                )
-            axis.set(
-                title=g.name,
-                xlabel="block",
-                ylabel="block",
-                xticks=range(1, g.K + 1),
-                yticks=range(1, g.K + 1),
-            )
-
-        return draw_panel
-
-    figure(
-        "figure2_probe", [panel(name, "linear probe, " + name.replace("accuracy: ", "")) for name in targets]
-    )
-    figure(
-        "figure3_loss", [panel("reconstruction loss", "reconstruction loss"), panel("mAP", "retrieval mAP")]
-    )
-    figure("figure4_cka", [gains, *(heat(g) for g in groups)])
-    names = (
+    colours = {g.name: colour for g, colour in zip(groups, itertools.cycle(plt.get_cmap("tab10").colors))}
+    probes = [name for name in groups[0].results[0] if name.startswith("accuracy")]
+    tokens = (
         "patch similarity",
         "OccDrop",
         "effective_rank",
@@ -412,7 +338,61 @@ def plot(groups, folder):
         "dimensions90",
         "uniformity",
     )
-    figure("figure5_tokens", [panel(name, name.replace("_", " ")) for name in names])
+    figures = {
+        "figure2_probe": [(draw_lines, name) for name in probes],
+        "figure3_loss": [(draw_lines, "reconstruction loss"), (draw_lines, "mAP")],
+        "figure4_cka": [(draw_gains, None), *((draw_heat, g) for g in groups)],
+        "figure5_tokens": [(draw_lines, name) for name in tokens],
+    }
+    for name, panels in figures.items():
+        columns = len(panels) if len(panels) in (2, 4) else 3
+        rows = -(-len(panels) // columns)
+        size = (4.2 * columns, 3.4 * rows + 0.6)
+        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+        for axis, (panel, what) in zip(axes.flat, panels):
+            panel(axis, what, groups, colours)
+        for axis in axes.flat[len(panels) :]:
+            axis.axis("off")
+        handles, titles = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, titles, loc="outside lower center", ncols=min(4, len(titles)), frameon=False)
+        figure.savefig(folder / f"{name}.png", dpi=150)
+        plt.close(figure)
+
+
+def draw_lines(axis, name, groups, colours):
+    """One measurement by block."""
+    for g in groups:
+        values, blocks = g.values(name), np.arange(1, g.K + 1)
+        mean, sd = values.mean(axis=0), values.std(axis=0, ddof=len(values) > 1)
+        axis.plot(blocks, mean, marker="o", label=g.name, color=colours[g.name])
+        axis.fill_between(blocks, mean - sd, mean + sd, color=colours[g.name], alpha=0.2)
+    axis.set(title=name.replace("accuracy", "linear probe").replace("_", " "), xlabel="block")
+    axis.set_xticks(range(1, max(g.K for g in groups) + 1))
+    axis.grid(alpha=0.3)
+
+
+def draw_gains(axis, _, groups, colours):
+    """Gain in accuracy of every transition against the CKA of its two blocks (the paper's Figure 4c)."""
+    for g in groups:
+        cka = g.values("linear CKA").mean(axis=0).diagonal(1)
+        gain = np.diff(g.values("accuracy").mean(axis=0))
+        axis.plot(cka, gain, "o", color=colours[g.name], label=g.name)
+        for k, place in enumerate(zip(cka, gain), start=1):
+            axis.annotate(f"{k}→{k + 1}", place, textcoords="offset points", xytext=(5, 4), fontsize=8)
+    axis.axhline(0, color="gray", linewidth=0.8)
+    axis.margins(x=0.12)
+    axis.set(title="gain by transition", xlabel="linear CKA", ylabel="gain in accuracy")
+    axis.grid(alpha=0.3)
+
+
+def draw_heat(axis, g, groups, colours):
+    """Linear CKA of all pairs of blocks of one group."""
+    cka, ticks = g.values("linear CKA").mean(axis=0), range(1, g.K + 1)
+    axis.imshow(cka, vmin=0, vmax=1, cmap="viridis", origin="lower", extent=(0.5, g.K + 0.5) * 2)
+    for i, j in itertools.product(range(g.K), repeat=2):
+        colour = "white" if cka[i, j] < 0.6 else "black"
+        axis.text(j + 1, i + 1, f"{cka[i, j]:.2f}", ha="center", va="center", color=colour)
+    axis.set(title=f"linear CKA, {g.name}", xlabel="block", ylabel="block", xticks=ticks, yticks=ticks)
 
 
 # ---- command line ----

@@ -327,14 +327,14 @@ def collect(args, models, data, measure=None):
 def print_table(title, columns, rows):
     """Print rows {name: [[value of each seed], ...]} under their columns."""
     width = max([len(name) for name in rows] + [len(title)])
-    print(f"\\n{title:{width}}  " + "  ".join(f"{column:>11}" for column in columns))
+    print(f"\n{title:{width}}  " + "  ".join(f"{column:>11}" for column in columns))
     for name, values in rows.items():
         print(f"{name:{width}}  " + "  ".join(f"{spread(value):>11}" for value in values))
 
 
 def spread(values):
-    """Mean over seeds, ± their standard deviation if there are several."""
-    mean = f"{np.mean(values):.3f}"
+    """Mean over seeds, ± their standard deviation if there are several; - where there is no value."""
+    mean = "-" if np.isnan(values).all() else f"{np.mean(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ±{np.std(values, ddof=1):.3f}"
 
 

@@ -324,6 +324,18 @@ def test_sequential_trains_one_block_and_leaves_the_earlier_ones_bit_equal():
         assert changed and all(f".block{stage + 1}." in name for name in changed)
 
 
+def test_block_1_learns_the_same_in_simultaneous_and_sequential():
+    ends = []
+    for regime in ("simultaneous", "sequential"):
+        model = toy(regime, blocks=2)
+        optimizers = make_optimizers(model, lr=1e-2)
+        for step in range(3):
+            train_step(model, optimizers, clips(seed=step), *masks(model, seed=step))
+        ends.append(model)
+    assert not differing(*(weights(model.blocks["block1"]) for model in ends))
+    assert not differing(*(weights(model.decoders["block1"]) for model in ends))
+
+
 @contextlib.contextmanager
 def saved_bytes():
     """Counts the bytes that autograd keeps for backward, weights aside. Yields {"now": n, "peak": n}."""

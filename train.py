@@ -359,7 +359,7 @@ def peak_memory():
 def draw(model, clips, path, blocks):
     """Write what the decoders of some blocks make of fixed clips; returns their losses, {block name: float}.
 
-    clips: (video, visible, masked). path: .png shows 8 frames of the first clip, .mp4 moves 6 clips. A
+    clips: (video, visible, masked). path: .png shows 8 frames of the middle clip, .mp4 moves 6 clips. A
     prediction is of normalised tubelets: it has no mean and contrast of its own. So target and predictions
     are shown as the loss sees them. Only the last row, which says so, is painted with each tubelet's true
     statistics.
@@ -387,7 +387,8 @@ def draw(model, clips, path, blocks):
 
     T = video.shape[1]
     if path.suffix == ".png":
-        write_picture(path, tile({title: row[0, :: max(1, T // 8)] for title, row in rows.items()}))
+        middle, every = len(video) // 2, max(1, T // 8)
+        write_picture(path, tile({title: row[middle, ::every] for title, row in rows.items()}))
     else:
         write_video(path, [tile({title: row[:6, t] for title, row in rows.items()}) for t in range(T)] * 3)
     return losses
