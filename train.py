@@ -274,7 +274,7 @@ def describe(config, model, source, where, done, total):
     """Print what runs, on what, and on a CPU for how long."""
     print(f"{config.out}: {config.size}, {config.regime}, K = {config.blocks}, on {where}")
     if config.data:
-        print(f"data: {len(source)} of {source.total} videos in {config.data}, {len(source.classes)} classes")
+        print(f"data: {len(source)} of {source.total} videos in {config.data}, classes: {len(source.classes)}")
         if source.dropped:
             frames = f"{source.video[0]} frames x stride {source.stride}"
             print(f"  {len(source.dropped)} dropped, shorter than {frames}; --short repeat keeps them")
@@ -297,11 +297,11 @@ def describe(config, model, source, where, done, total):
 
 def estimate(config, model, total):
     """Seconds that `total` steps will take, from small steps on noise that leave every weight as it is."""
-    count = min(config.batch, 8)
+    count = min(config.batch, 32)
     video = torch.randint(256, (count, *model.video, 3), dtype=torch.uint8)
     visible, masked = (index[:count] for index in masks_of_step(config, model, 0))
     optimizers = make_optimizers(model, lr=0.0, weight_decay=0.0)
-    for _ in range(3):  # the last one counts
+    for _ in range(2):  # the second one counts
         start = time.perf_counter()
         train_step(model, optimizers, video, visible, masked, dtype=autocast_dtype(config))
     return (time.perf_counter() - start) * config.batch / count * total
