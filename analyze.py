@@ -108,7 +108,7 @@ def occlusion_drop(accuracy, occluded):
 
 
 def occlude(video, patch=(16, 16), *, halves=False, generator=None):
-    """Black but for one random patch on the grid, the same in all frames (Sec. 4), of (T, H, W, C).
+    """Black (0) but for one random patch on the grid, the same in all frames (Sec. 4), of (T, H, W, C).
 
     halves: keep one patch in the left and one in the right half, as for double gratings.
     """
@@ -139,6 +139,8 @@ def reconstruction_losses(model, videos, *, ratio=0.9, seed=0):
         for name, prediction in model.reconstruct(video, visible, masked).items():
             sums[name] += F.mse_loss(prediction, target).item() * len(video)
         count += len(video)
+    if not count:
+        raise ValueError("There is no clip to read in this data.")
     return {name: total / count for name, total in sums.items()}
 
 
@@ -151,8 +153,8 @@ class Occluded:
     def __init__(self, source, patch, *, halves=False, seed=0):
         self.source, self.patch, self.halves, self.seed = source, patch, halves, seed
 
-    def __getattr__(self, name):
-        return getattr(self.source, name)
+        self.labels, self.name, self.targets = source.labels, source.name, source.targets
+        self.check_broken = source.check_broken
 
     def __len__(self):
         return len(self.source)
@@ -165,7 +167,9 @@ class Occluded:
 
 
 def measure(args, runs):
-    """Everything about every run and its untrained network: {title: {measurement: [value by block]}}."""
+    """Everything about every run and its untrained network, on the test clips: ({"runs": {title: {measurement:
+    [value by block]}}, ...}, {title: {measurement: (K, test clips)}}).
+    """
     model, models = runs[0].model, subjects(runs)
     del models["pixels"]
     data = open_data(args, model.video)
@@ -173,40 +177,45 @@ def measure(args, runs):
     halves = args.data == "double-gratings"
     covered = [(Occluded(source, model.tubelet[1:], halves=halves), indices) for source, indices in data]
     occluded = collect(args, models, covered)[0]
-    results = {}
+    results, by_clip, tested = {}, {}, torch.cat([test for _, test in folds])
+    some = tested[
+        torch.randperm(len(tested), generator=torch.Generator().manual_seed(0))
+    ]  # for what is quadratic
     for title in tqdm(models, "measurements", leave=False):
         names = list(models[title].blocks)
         x = [features[title, name] for name in names]
         scores = [score(z, targets, folds) for z in x]
         hidden = [np.mean(probe_accuracy(occluded[title, name], targets, folds)[0]) for name in names]
-        spectra = [spectrum(z) for z in x]
+        spectra = [spectrum(z[tested]) for z in x]
+        mixing = [features[title, name, "measure"][tested].numpy() for name in names]
+        correct = np.stack([s["correct"] for s in scores])  # (K, L, test clips)
+        by_clip[title] = {"accuracy": correct.mean(axis=1), "patch similarity": np.stack(mixing)}
+        by_clip[title] |= {f"accuracy: {name}": correct[:, i] for i, name in enumerate(labels)}
         results[title] = {
             "accuracy": [s["accuracy"] for s in scores],
             **{f"accuracy: {name}": [s["targets"][i] for s in scores] for i, name in enumerate(labels)},
             "mAP": [s["map"] for s in scores],
-            "patch similarity": [features[title, name, "measure"].mean().item() for name in names],
+            "patch similarity": [float(values.mean()) for values in mixing],
             "OccDrop": [occlusion_drop(s["accuracy"], h) for s, h in zip(scores, hidden)],
-            "linear CKA": [[linear_cka(a, b) for b in x] for a in x],
-            "RBF CKA": [[rbf_cka(a[:1000], b[:1000]) for b in x] for a in x],
+            "linear CKA": [[linear_cka(a[tested], b[tested]) for b in x] for a in x],
+            "RBF CKA": [[rbf_cka(a[some[:1000]], b[some[:1000]]) for b in x] for a in x],
             **{name: [s[name] for s in spectra] for name in spectra[0]},
-            "uniformity": [uniformity(z[:5000]) for z in x],
+            "uniformity": [uniformity(z[some[:5000]]) for z in x],
         }
     source, indices = data[-1]
+    few = sorted(np.random.default_rng(0).permutation(indices)[:1000].tolist())
     for run in tqdm(runs, "reconstruction", leave=False):
-        batches = evaluation_loader(source, indices=indices[:1000], batch=args.batch, workers=args.workers)
-        ratio = run.checkpoint["settings"]["mask"]
-        losses = reconstruction_losses(run.model, (clips["video"] for clips in batches), ratio=ratio)
+        batches = evaluation_loader(source, indices=few, batch=args.batch, workers=args.workers)
+        losses = reconstruction_losses(run.model, (clips["video"] for clips in batches if clips["index"]))
         results[run.title]["reconstruction loss"] = [losses.get(name, math.nan) for name in run.model.blocks]
     across = {}
     for a, b in itertools.combinations(runs, 2):
         pairs = [(features[a.title, i], features[b.title, j]) for i in a.model.blocks for j in b.model.blocks]
-        values = np.array([linear_cka(x, y) for x, y in pairs]).reshape(len(a.model.blocks), -1)
+        values = np.array([linear_cka(x[tested], y[tested]) for x, y in pairs]).reshape(
+            len(a.model.blocks), -1
+        )
         across[f"{a.title} | {b.title}"] = values.tolist()
-    return {
-        "runs": results,
-        "linear CKA across runs": across,
-        "test clips": sum(len(test) for _, test in folds),
-    }
+    return {"runs": results, "linear CKA across runs": across}, by_clip
 
 
 # ---- the paper's claims ----
@@ -220,10 +229,12 @@ CLOSE, NO_GAIN, CKA_SATURATED = 0.03, 0.01, 0.98
 class Group:
     """The runs of one setting that differ in their seed: means by block, and how sure they are."""
 
-    def __init__(self, runs, results, clips):
-        config = runs[0].model.config
-        self.regime, self.K, self.name = config["regime"], config["blocks"], runs[0].group
-        self.results, self.clips = [results[run.title] for run in runs], clips
+    def __init__(self, runs, results, by_clip):
+        config = dict(runs[0].model.config)
+        self.regime, self.K, self.name = config.pop("regime"), config.pop("blocks"), runs[0].group
+        self.config = config  # of the architecture, K aside: only groups of the same one are compared
+        self.results = [results[run.title] for run in runs]
+        self.by_clip = [by_clip[run.title] for run in runs]
 
     def values(self, name):
         """(seeds, K) of a measurement."""
@@ -233,17 +244,26 @@ class Group:
         """Mean over seeds after one block."""
         return float(self.values(name)[:, block].mean())
 
-    def error(self, name, block=-1):
-        """Variance of that mean: spread over seeds, and for accuracies the sampling of test clips."""
+    def clips(self, name, block=-1):
+        """(test clips,) of a measurement, mean over seeds."""
+        return np.mean([values[name][block] for values in self.by_clip], axis=0)
+
+    def seed_variance(self, name, block=-1):
+        """Variance of the mean over seeds; 0 if there is one, so that only clips make it uncertain."""
         values = self.values(name)[:, block]
-        seeds = values.var(ddof=1) / len(values) if len(values) > 1 else 0.0
-        p = values.mean()
-        return seeds + (p * (1 - p) / self.clips if name.startswith("accuracy") else 0.0)
+        return values.var(ddof=1) / len(values) if len(values) > 1 else 0.0
+
+
+def standard_error(a, b, name, block_a=-1, block_b=-1):
+    """Of the difference of two means: spread over seeds, and of the paired differences over test clips."""
+    gap = a.clips(name, block_a) - b.clips(name, block_b)
+    seeds = a.seed_variance(name, block_a) + b.seed_variance(name, block_b)
+    return math.sqrt(seeds + gap.var(ddof=1) / len(gap))
 
 
 def verdict(value, error, limit):
-    """Is value below limit? "confirmed", "refuted", or "cannot tell" within two standard errors."""
-    if abs(value - limit) <= 2 * math.sqrt(error):
+    """Is value below limit? "confirmed", "refuted", or "cannot tell" within two standard errors, or if it is nan."""
+    if math.isnan(value) or abs(value - limit) <= 2 * error:
         return "cannot tell"
     return "confirmed" if value < limit else "refuted"
 
@@ -258,10 +278,10 @@ def overall(parts):
 
 def difference(a, b, name, limit, block=-1):
     """(verdict that a - b is below limit, the numbers in words)."""
-    value = a.mean(name, block) - b.mean(name, block)
-    error = a.error(name, block) + b.error(name, block)
+    error = standard_error(a, b, name, block, block)
     numbers = f"{a.regime} K={a.K} {a.mean(name, block):.3f}, {b.regime} K={b.K} {b.mean(name, block):.3f}"
-    return verdict(value, error, limit), f"{name} {numbers}, two standard errors {2 * math.sqrt(error):.3f}"
+    words = f"{name}: {numbers}; two standard errors {2 * error:.3f}"
+    return verdict(a.mean(name, block) - b.mean(name, block), error, limit), words
 
 
 def claims(groups):
@@ -272,12 +292,14 @@ def claims(groups):
     """
     e2e = [g for g in groups if g.regime == "e2e"]
     blockwise = [g for g in groups if g.regime in ("simultaneous", "sequential")]
-    pairs = [(a, b) for a in e2e for b in blockwise if a.K == b.K]
-    orders = [
-        (a, b) for a in blockwise for b in blockwise if (a.regime, b.regime) == ("simultaneous", "sequential")
-    ]
-    orders = [(a, b) for a, b in orders if a.K == b.K]
-    finer = [(a, b) for a in blockwise for b in blockwise if a.regime == b.regime and a.K < b.K]
+    simultaneous, sequential = (
+        [g for g in blockwise if g.regime == r] for r in ("simultaneous", "sequential")
+    )
+    ends = [(a, b) for a in e2e for b in blockwise if a.config == b.config]
+    pairs = [(a, b) for a, b in ends if a.K == b.K > 1]  # whose blocks can be compared
+    orders = [(a, b) for a in simultaneous for b in sequential if (a.config, a.K) == (b.config, b.K)]
+    finer = [(a, b) for a in blockwise for b in blockwise if (a.config, a.regime) == (b.config, b.regime)]
+    finer = [(a, b) for a, b in finer if a.K < b.K]
     targets = [
         name.removeprefix("accuracy: ") for name in groups[0].results[0] if name.startswith("accuracy: ")
     ]
@@ -285,7 +307,7 @@ def claims(groups):
 
     tests = {
         "C1 blockwise training ends close to end-to-end": [
-            difference(a, b, "accuracy", CLOSE) for a, b in pairs
+            difference(a, b, "accuracy", CLOSE) for a, b in ends
         ],
         "C2 sequential is like simultaneous": [
             difference(x, y, "accuracy", CLOSE) for a, b in orders for x, y in ((a, b), (b, a))
@@ -294,7 +316,7 @@ def claims(groups):
             difference(a, b, name, 0.0, block=0) for a, b in pairs for name in high
         ],
         "C4 late blocks saturate": [saturation(b) for b in blockwise if b.K > 1],
-        "C5 low-level targets lose little": [difference(a, b, name, CLOSE) for a, b in pairs for name in low],
+        "C5 low-level targets lose little": [difference(a, b, name, CLOSE) for a, b in ends for name in low],
         "C6 tokens mix earlier (patch similarity of block 1)": [
             difference(a, b, "patch similarity", 0.0, block=0) for a, b in pairs
         ],
@@ -307,12 +329,13 @@ def claims(groups):
 
 def saturation(group):
     """C4 for one group: the last block gains nothing, and its features are nearly the ones before."""
-    gain = group.mean("accuracy") - group.mean("accuracy", -2)
-    error = group.error("accuracy") + group.error("accuracy", -2)
+    gain, error = (
+        group.mean("accuracy") - group.mean("accuracy", -2),
+        standard_error(group, group, "accuracy", -1, -2),
+    )
     cka = float(group.values("linear CKA")[:, -2, -1].mean())
-    parts = [verdict(gain, error, NO_GAIN), "confirmed" if cka >= CKA_SATURATED else "refuted"]
-    words = f"{group.regime} K={group.K}: last gain {gain:+.3f}, CKA {cka:.3f}, "
-    words += f"two standard errors of the gain {2 * math.sqrt(error):.3f}"
+    parts = [verdict(gain, error, NO_GAIN), verdict(CKA_SATURATED - cka, 0.0, 0.0)]
+    words = f"{group.regime} K={group.K}: last gain {gain:+.3f}, two standard errors {2 * error:.3f}; CKA {cka:.3f}"
     return overall(parts), words
 
 
@@ -420,11 +443,13 @@ def main(arguments=None):
 def analyze(args):
     """All of it for the runs that the flags name."""
     runs = read_runs(args.runs)
-    found = measure(args, runs)
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    found, by_clip = measure(args, runs)
     by_name = defaultdict(list)
     for run in runs:
         by_name[run.group].append(run)
-    groups = [Group(members, found["runs"], found["test clips"]) for members in by_name.values()]
+    groups = [Group(members, found["runs"], by_clip) for members in by_name.values()]
     for name in groups[0].results[0]:
         if "CKA" not in name:
             rows = {g.name: g.values(name).T.tolist() for g in groups}
@@ -440,10 +465,12 @@ def analyze(args):
     print("\nThe paper's claims, by two standard errors of seeds and test clips:")
     verdicts = claims(groups)
     for claim, (answer, numbers) in verdicts.items():
-        print(f"{claim}: {answer}" + "".join(f"\n    {words}" for words in numbers or ["no runs to compare"]))
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "analysis.json").write_text(json.dumps(found | {"claims": verdicts}, indent=1) + "\n")
+        print(
+            f"{claim}: {answer}"
+            + "".join(f"\n    {words}" for words in numbers or ["no runs or no targets to compare"])
+        )
+    text = json.dumps(found | {"claims": verdicts}, indent=1).replace("NaN", "null")
+    (folder / "analysis.json").write_text(text + "\n")
     if args.plot:
         plot(groups, folder)
     print(

@@ -151,7 +151,7 @@ def extract(models, source, *, indices=None, batch=32, workers=0, device="cpu", 
             for name, tokens in model.encode(clips["video"].to(device)).items():
                 features[title, name].append(tokens.float().mean(dim=1).cpu())  # (B, D)
                 if measure is not None:
-                    features[title, name, "measure"].append(measure(tokens).cpu())  # (B,)
+                    features[title, name, "measure"].append(measure(tokens.cpu()))  # (B,)
         taken += clips["index"]
         bar.update(len(clips["index"]) + len(clips["broken"]))
     bar.close()
@@ -162,31 +162,36 @@ def extract(models, source, *, indices=None, batch=32, workers=0, device="cpu", 
 
 
 def score(x, targets, folds, *, k=20):
-    """All scores of one set of features: a dict of floats, and "targets": the test accuracy of each target.
+    """All scores of one set of features: a dict of floats; "targets": the test accuracy of each target; and
+    "correct" (L, m): which test clips were right.
 
     x: (n, D). targets: (n, L). folds: [(train indices, test indices)]; accuracies are means over the folds
     and over the targets (Sec. 4). Retrieval is among the test clips of all folds, on the first target.
     """
     tested = torch.cat([test for _, test in folds])
-    test, balanced, fitted = probe_accuracy(x, targets, folds)
+    test, balanced, fitted, correct = probe_accuracy(x, targets, folds)
     near = [accuracies(knn(x[a], y[a], x[b], k=k), y[b])[0] for y in targets.T for a, b in folds]
     means = {"accuracy": test, "balanced": balanced, "train": fitted, "knn": near}
     means = {name: float(np.mean(values)) for name, values in means.items()}
-    return means | {"targets": list(test)} | retrieval(x[tested], targets[tested, 0])
+    return means | {"targets": list(test), "correct": correct} | retrieval(x[tested], targets[tested, 0])
 
 
 def probe_accuracy(x, targets, folds):
-    """Linear probe of every target, means over folds: [test accuracy], [balanced], [training]."""
-    found = []
+    """Linear probe of every target, means over folds: [test accuracy], [balanced], [training]; and correct (L, m),
+    for every target which of the test clips of all folds were right.
+    """
+    found, correct = [], []
     for y in targets.T:
-        of_folds = []
+        of_folds, right = [], []
         for train, test in folds:
             both = torch.cat([train, test])
             predicted = logistic_probe(x[train], y[train], x[both], classes=int(y.max()) + 1).argmax(dim=1)
             fitted = accuracies(predicted[: len(train)], y[train])[0]
             of_folds.append((*accuracies(predicted[len(train) :], y[test]), fitted))
+            right.append(predicted[len(train) :] == y[test])
         found.append(np.mean(of_folds, axis=0).tolist())
-    return tuple(zip(*found))
+        correct.append(torch.cat(right))
+    return *zip(*found), torch.stack(correct).double().numpy()
 
 
 def chance(targets, folds):
@@ -224,7 +229,7 @@ def parser(description):
     flags.add_argument(
         "--short", choices=("drop", "repeat"), default="drop", help="rule for short videos [drop]"
     )
-    flags.add_argument("--clips", type=int, help="take only this many, spread over the data [scenes: 3000]")
+    flags.add_argument("--clips", type=int, help="take only this many, drawn at random [scenes: 3000]")
     flags.add_argument("--batch", type=int, default=32, help="clips at a time [32]")
     workers = max(1, torch.get_num_threads() // 2)
     flags.add_argument("--workers", type=int, default=workers, help=f"processes that read clips [{workers}]")
@@ -251,15 +256,23 @@ class Run(NamedTuple):
 
 
 def read_runs(paths):
-    """Runs from their folders. ValueError if they do not all take clips of the same size."""
+    """Runs from their folders. ValueError where they cannot be looked at together."""
     runs = []
     for path in paths:
         title = Path(path).resolve().name if Path(path).is_dir() else Path(path).resolve().parent.name
-        runs.append(Run(title, re.sub(r"-seed\d+$", "", title), *load(path)))
-        if runs[-1].model.video != runs[0].model.video:
-            raise ValueError(
-                f"{runs[0].title} and {title} take clips of different sizes; look at them one by one."
-            )
+        run = Run(title, re.sub(r"-seed\d+$", "", title), *load(path))
+        for other in runs:
+            if title == other.title:
+                raise ValueError(f"Two runs are called {title}; rename one of the folders.")
+            if run.model.video != other.model.video:
+                raise ValueError(
+                    f"{other.title} and {title} take clips of different sizes; look at each by itself."
+                )
+            if run.group == other.group and run.checkpoint["config"] != other.checkpoint["config"]:
+                raise ValueError(
+                    f"{other.title} and {title} look like seeds of one run but differ; rename one."
+                )
+        runs.append(run)
     return runs
 
 
@@ -271,12 +284,15 @@ def untrained(run):
 
 def subjects(runs):
     """All that is measured: {title: model} of the runs, of each architecture untrained, and of the pixels."""
-    fresh = {f"untrained, K = {run.model.config['blocks']}": untrained(run) for run in runs}
+    fresh = {f"untrained, {c['width']} wide, K = {c['blocks']}": r for r in runs for c in [r.model.config]}
+    fresh = {title: untrained(run) for title, run in fresh.items()}
     return {"pixels": Pixels()} | fresh | {run.title: run.model for run in runs}
 
 
 def open_data(args, video):
     """[(source, indices)] of the clips that the flags name: all in one, or training list and test list."""
+    if args.clips is not None and args.clips < 1:
+        raise ValueError(f"--clips {args.clips} must be at least 1.")
     if bool(args.train_list) != bool(args.test_list):
         raise ValueError("--train-list and --test-list go together; without both, 3 folds are drawn.")
     if args.train_list and args.data in (None, "gratings", "double-gratings"):
@@ -290,11 +306,8 @@ def open_data(args, video):
         sources = [Gratings(double=args.data == "double-gratings", video=video)]
     else:
         sources = [Videos(args.data, **rules)]
-    counts = [min(args.clips or len(source), len(source)) for source in sources]
-    return [
-        (source, np.linspace(0, len(source) - 1, count).round().astype(int).tolist())
-        for source, count in zip(sources, counts)
-    ]
+    rng = np.random.default_rng(0)
+    return [(source, sorted(rng.permutation(len(source))[: args.clips].tolist())) for source in sources]
 
 
 def collect(args, models, data, measure=None):
@@ -321,6 +334,10 @@ def collect(args, models, data, measure=None):
     folds = stratified_folds(targets[:, 0])
     if len(data) == 2:
         folds = [tuple(torch.arange(len(targets)).split(sizes))]
+        if not set(targets[: sizes[0], 0].tolist()) & set(targets[sizes[0] :, 0].tolist()):
+            raise ValueError("The two lists have no class in common; are their labels of the same kind?")
+    if min(len(part) for fold in folds for part in fold) == 0:
+        raise ValueError(f"{len(targets)} clips are too few to fit and to test on.")
     return {key: torch.cat(parts) for key, parts in features.items()}, targets, names, labels, folds
 
 
@@ -334,7 +351,9 @@ def print_table(title, columns, rows):
 
 def spread(values):
     """Mean over seeds, ± their standard deviation if there are several; - where there is no value."""
-    mean = "-" if np.isnan(values).all() else f"{np.mean(values):.3f}"
+    if np.isnan(values).all():
+        return "-"
+    mean = f"{np.mean(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ±{np.std(values, ddof=1):.3f}"
 
 

@@ -1236,27 +1236,30 @@ def test_reconstruction_losses_are_the_training_losses():
     assert found == pytest.approx({name: loss.item() for name, loss in expected.items()}, rel=1e-6)
 
 
-def fake_group(regime, accuracy, seeds=3, blocks=4, clips=100000, spread=0.001, **more):
+def fake_group(regime, accuracy, seeds=3, blocks=4, spread=0.001, clips=20000, similarity=0.2, cka=0.99):
     """An analyze.Group of made-up runs."""
-    rng, results, runs = np.random.default_rng(0), {}, []
+    rng, results, by_clip, runs = np.random.default_rng(0), {}, {}, []
     for seed in range(seeds):
-        noisy = (np.array(accuracy) + spread * rng.standard_normal(blocks)).tolist()
-        results[f"{regime}{seed}"] = {
-            "accuracy": noisy,
-            "accuracy: motion": noisy,
-            "accuracy: colour": noisy,
-            "patch similarity": more.get("similarity", [0.2] * blocks),
-            "linear CKA": np.full((blocks, blocks), more.get("cka", 0.99)).tolist(),
+        title, noisy = f"{regime}{seed}", np.array(accuracy) + spread * rng.standard_normal(blocks)
+        names = ("accuracy", "accuracy: motion", "accuracy: colour")
+        results[title] = {name: noisy.tolist() for name in names}
+        results[title] |= {
+            "patch similarity": [similarity] * blocks,
+            "linear CKA": np.full((blocks, blocks), cka).tolist(),
         }
+        by_clip[title] = {
+            name: (rng.random((blocks, clips)) < noisy[:, None]).astype(float) for name in names
+        }
+        by_clip[title]["patch similarity"] = similarity + 0.1 * rng.standard_normal((blocks, clips))
         model = Blockwise(**TOY, blocks=blocks, regime=regime)
-        runs.append(probe.Run(f"{regime}{seed}", f"{regime} {blocks}", model, {}))
-    return analyze.Group(runs, results, clips)
+        runs.append(probe.Run(title, f"{regime} {blocks}", model, {}))
+    return analyze.Group(runs, results, by_clip)
 
 
 def test_claims_follow_the_numbers():
     e2e = fake_group("e2e", [0.3, 0.4, 0.5, 0.55])
-    good = fake_group("simultaneous", [0.4, 0.5, 0.54, 0.54], similarity=[0.3] * 4)
-    twin = fake_group("sequential", [0.4, 0.5, 0.54, 0.54], similarity=[0.3] * 4)
+    good = fake_group("simultaneous", [0.4, 0.5, 0.54, 0.54], similarity=0.3)
+    twin = fake_group("sequential", [0.4, 0.5, 0.54, 0.54], similarity=0.3)
     verdicts = {claim[:2]: answer for claim, (answer, _) in analyze.claims([e2e, good, twin]).items()}
     assert verdicts == {
         "C1": "confirmed",
@@ -1267,7 +1270,7 @@ def test_claims_follow_the_numbers():
         "C6": "confirmed",
         "C7": "cannot tell",
     }
-    bad = fake_group("simultaneous", [0.2, 0.3, 0.35, 0.4], similarity=[0.1] * 4, cka=0.5)
+    bad = fake_group("simultaneous", [0.2, 0.3, 0.35, 0.4], similarity=0.1, cka=0.5)
     verdicts = {claim[:2]: answer for claim, (answer, _) in analyze.claims([e2e, bad]).items()}
     assert verdicts["C1"] == verdicts["C3"] == verdicts["C4"] == verdicts["C5"] == verdicts["C6"] == "refuted"
     assert verdicts["C2"] == "cannot tell"  # no sequential runs

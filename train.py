@@ -274,7 +274,9 @@ def describe(config, model, source, where, done, total):
     """Print what runs, on what, and on a CPU for how long."""
     print(f"{config.out}: {config.size}, {config.regime}, K = {config.blocks}, on {where}")
     if config.data:
-        print(f"data: {len(source)} of {source.total} videos in {config.data}, classes: {len(source.classes)}")
+        print(
+            f"data: {len(source)} of {source.total} videos in {config.data}, classes: {len(source.classes)}"
+        )
         if source.dropped:
             frames = f"{source.video[0]} frames x stride {source.stride}"
             print(f"  {len(source.dropped)} dropped, shorter than {frames}; --short repeat keeps them")
