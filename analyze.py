@@ -167,8 +167,10 @@ class Occluded:
 
 
 def measure(args, runs):
-    """Everything about every run and its untrained network, on the test clips: ({"runs": {title: {measurement:
-    [value by block]}}, ...}, {title: {measurement: (K, test clips)}}).
+    """Everything about every run and its untrained network, on the test clips: (results, values by clip).
+
+    results: {"runs": {title: {measurement: [value by block]}}, "linear CKA across runs": ...}.
+    values by clip: {title: {measurement: (K, test clips)}}.
     """
     model, models = runs[0].model, subjects(runs)
     del models["pixels"]
@@ -262,7 +264,7 @@ def standard_error(a, b, name, block_a=-1, block_b=-1):
 
 
 def verdict(value, error, limit):
-    """Is value below limit? "confirmed", "refuted", or "cannot tell" within two standard errors, or if it is nan."""
+    """Is value below limit? "confirmed", "refuted", or within two errors, and for nan, "cannot tell"."""
     if math.isnan(value) or abs(value - limit) <= 2 * error:
         return "cannot tell"
     return "confirmed" if value < limit else "refuted"
@@ -335,7 +337,7 @@ def saturation(group):
     )
     cka = float(group.values("linear CKA")[:, -2, -1].mean())
     parts = [verdict(gain, error, NO_GAIN), verdict(CKA_SATURATED - cka, 0.0, 0.0)]
-    words = f"{group.regime} K={group.K}: last gain {gain:+.3f}, two standard errors {2 * error:.3f}; CKA {cka:.3f}"
+    words = f"{group.regime} K={group.K}: last gain {gain:+.3f}, CKA {cka:.3f}; two errors {2 * error:.3f}"
     return overall(parts), words
 
 
@@ -462,7 +464,9 @@ def analyze(args):
             rows,
         )
 
-    print("\nThe paper's claims, by two standard errors of seeds and test clips:")
+    print("\nThe paper's claims, by two standard errors over seeds and test clips:")
+    if max(len(members) for members in by_name.values()) == 1:
+        print("(one seed each: the spread over seeds is unknown and not counted)")
     verdicts = claims(groups)
     for claim, (answer, numbers) in verdicts.items():
         print(

@@ -15,43 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Keyword arguments of blockwise.Blockwise. tiny and small are the paper's (Sec. 3.3); base is VideoMAE's
-# width with the paper's tubelets; nano is ours, for a laptop: 12 layers, so that K = 1, 2, 3, 4, 6 and 12 all
-# divide.
+# Keyword arguments of blockwise.Blockwise. tiny and small are the paper's (Sec. 3.3).
+PAPER_CLIP = {"video": (16, 128, 128), "tubelet": (8, 16, 16)}
+NANO_CLIP = {"video": (16, 64, 64), "tubelet": (8, 8, 8)}
+NANO_DECODER = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2}
 SIZES = {
-    "nano": {
-        "video": (16, 64, 64),
-        "tubelet": (8, 8, 8),
-        "width": 96,
-        "heads": 3,
-        "decoder_width": 64,
-        "decoder_depth": 1,
-        "decoder_heads": 2,
-    },
-    "tiny": {
-        "video": (16, 128, 128),
-        "tubelet": (8, 16, 16),
-        "width": 192,
-        "heads": 3,
-        "decoder_width": 192,
-        "decoder_heads": 3,
-    },
-    "small": {
-        "video": (16, 128, 128),
-        "tubelet": (8, 16, 16),
-        "width": 384,
-        "heads": 6,
-        "decoder_width": 192,
-        "decoder_heads": 3,
-    },
-    "base": {
-        "video": (16, 128, 128),
-        "tubelet": (8, 16, 16),
-        "width": 768,
-        "heads": 12,
-        "decoder_width": 384,
-        "decoder_heads": 6,
-    },
+    # Differs from paper: ours, for a laptop. 12 layers as in the others: K = 1, 2, 3, 4, 6, 12 all divide.
+    "nano": NANO_CLIP | NANO_DECODER | {"width": 96, "heads": 3},
+    "tiny": PAPER_CLIP | {"width": 192, "heads": 3},
+    "small": PAPER_CLIP | {"width": 384, "heads": 6},
+    # Differs from paper: VideoMAE's ViT-Base widths with the paper's clips.
+    "base": PAPER_CLIP | {"width": 768, "heads": 12, "decoder_width": 384, "decoder_heads": 6},
 }
 
 
@@ -59,12 +33,10 @@ SIZES = {
 
 
 def patchify(video, tubelet):
-    """Cut a video into tubelets, the tokens of the model (Sec. 3.3: 8x16x16 pixels, so 16x128x128 gives 2x8x8
-    tokens).
+    """Cut a video into tubelets, the tokens of the model (Sec. 3.3: 8x16x16 pixels of 16x128x128, so 2x8x8).
 
-    video: (B, T, H, W, C) of any dtype. tubelet: its size (frames, rows, columns), which must divide (T, H,
-    W). Returns (B, N, P): tokens in the order time, row, column; values in the order frame, row, column,
-    channel.
+    video: (B, T, H, W, C) of any dtype. tubelet: (frames, rows, columns), which must divide (T, H, W).
+    Returns (B, N, P): tokens in the order time, row, column; values in the order frame, row, column, channel.
     """
     B, T, H, W, C = video.shape
     p, q, r = tubelet
@@ -84,8 +56,7 @@ def tube_mask(batch, grid, ratio=0.9, generator=None):
 
     grid: (t, h, w). Of the h*w places int(ratio * h*w) are masked: at 0.9 and 8x8 that is 57, so 14 of 128
     tokens stay. generator: a CPU torch.Generator, to make the draw reproducible.
-    Returns (visible, masked): sorted token indices (B, V) and (B, M). There is no boolean mask whose sense to
-    mix up.
+    Returns (visible, masked): sorted token indices, (B, V) and (B, M).
     """
     t, h, w = grid
     order = torch.rand(batch, h * w, generator=generator).argsort(dim=1)
@@ -112,11 +83,11 @@ def take(tokens, index):
 def normalized_targets(patches):
     """What a decoder must predict: each tubelet and colour channel with mean 0 and variance 1.
 
-    Paper does not say: how targets are normalised. This is VideoMAE's (x - mean) / (sqrt(unbiased variance) +
-    1e-6) over the pixels of one tubelet and channel, on values of 0..1; the published losses (0.55-0.62)
-    agree with it. patches: (B, M, P) uint8, or float in 0..1. Returns (targets, mean, std): (B, M, P), (B, M,
-    1, 3), (B, M, 1, 3).
+    patches: (B, M, P) uint8, or float in 0..1.
+    Returns (targets, mean, std): (B, M, P), (B, M, 1, 3), (B, M, 1, 3).
     """
+    # Paper does not say: the normalisation. This is VideoMAE's (x - mean) / (sqrt(unbiased variance) +
+    # 1e-6) over one tubelet and channel; the published losses, 0.55 to 0.62, agree with it.
     x = unit_range(patches).unflatten(-1, (-1, 3))  # (B, M, P/3, 3)
     mean = x.mean(dim=2, keepdim=True)  # (B, M, 1, 3)
     x = x - mean

@@ -162,8 +162,7 @@ def extract(models, source, *, indices=None, batch=32, workers=0, device="cpu", 
 
 
 def score(x, targets, folds, *, k=20):
-    """All scores of one set of features: a dict of floats; "targets": the test accuracy of each target; and
-    "correct" (L, m): which test clips were right.
+    """All scores of one set of features: floats by name, and "targets" and "correct" from probe_accuracy().
 
     x: (n, D). targets: (n, L). folds: [(train indices, test indices)]; accuracies are means over the folds
     and over the targets (Sec. 4). Retrieval is among the test clips of all folds, on the first target.
@@ -177,8 +176,9 @@ def score(x, targets, folds, *, k=20):
 
 
 def probe_accuracy(x, targets, folds):
-    """Linear probe of every target, means over folds: [test accuracy], [balanced], [training]; and correct (L, m),
-    for every target which of the test clips of all folds were right.
+    """Linear probe of every target: ([test accuracy], [balanced], [training], correct), means over folds.
+
+    correct: (L, m) of 0 and 1, which of the m test clips of all folds were right.
     """
     found, correct = [], []
     for y in targets.T:
