@@ -47,9 +47,9 @@ def logistic_probe(train_x, train_y, test_x, *, C=1.0, classes=None):
     mean, std = train_x.mean(dim=0), train_x.std(dim=0, unbiased=False)
     varies = std > 1e-7 * (1 + mean.abs())
     x, z = (((a - mean) / std)[:, varies] for a in (train_x, test_x))
-    # Coordinates in which the objective's curvature is about 1 in every direction: W = basis @ V.
+    # Coordinates in which the objective is about equally curved in all directions: W = vectors * scale @ V.
     values, vectors = torch.linalg.eigh(x.T @ x)
-    scale = (values.clamp(min=0) * (classes - 1) / classes**2 + 1 / C).rsqrt()
+    scale = ((values.clamp(min=0) + 1 / C) / len(x)).rsqrt()
     x, z, penalty = x @ (vectors * scale), z @ (vectors * scale), (0.5 / C * scale.square()).unsqueeze(1)
 
     V = torch.zeros(x.shape[1], classes, dtype=torch.float64, requires_grad=True)
