@@ -152,7 +152,6 @@ class Occluded:
 
     def __init__(self, source, patch, *, halves=False, seed=0):
         self.source, self.patch, self.halves, self.seed = source, patch, halves, seed
-
         self.labels, self.name, self.targets = source.labels, source.name, source.targets
         self.check_broken = source.check_broken
 
@@ -180,9 +179,8 @@ def measure(args, runs):
     covered = [(Occluded(source, model.tubelet[1:], halves=halves), indices) for source, indices in data]
     occluded = collect(args, models, covered)[0]
     results, by_clip, tested = {}, {}, torch.cat([test for _, test in folds])
-    some = tested[
-        torch.randperm(len(tested), generator=torch.Generator().manual_seed(0))
-    ]  # for what is quadratic
+    shuffled = torch.randperm(len(tested), generator=torch.Generator().manual_seed(0))
+    some = tested[shuffled]  # its first 1000 or 5000 serve what is quadratic in the clips
     for title in tqdm(models, "measurements", leave=False):
         names = list(models[title].blocks)
         x = [features[title, name] for name in names]
