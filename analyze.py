@@ -52,17 +52,21 @@ def rbf_cka(x, y):
     """CKA with Gaussian kernels exp(-gamma * distance^2), gamma = 1 / (2 * median distance^2) (Sec. 4).
 
     x (n, D), y (n, E): the same n clips; the median is over pairs of different clips. Returns 0..1; nan if
-    constant.
+    constant. In float64; takes memory for three n x n matrices.
     """
 
     def kernel(a):
-        squared = torch.cdist(a.double(), a.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
-        upper = torch.triu_indices(len(a), len(a), offset=1)
-        k = (-squared / (2 * squared[upper[0], upper[1]].median())).exp()
-        return k - k.mean(dim=0) - k.mean(dim=1, keepdim=True) + k.mean()
+        a = a.double() - a.double().mean(dim=0)
+        norms = a.square().sum(dim=1)
+        k = (a @ a.T).mul_(-2).add_(norms).add_(norms.unsqueeze(1)).clamp_(min=0)  # squared distances
+        k.fill_diagonal_(0)
+        pairs = len(k) * (len(k) - 1) // 2  # each stands in k twice, after the zeros of the diagonal
+        k.div_(-2 * k.flatten().kthvalue(len(k) + pairs).values).exp_()
+        mean = k.mean(dim=0)
+        return k.sub_(mean).sub_(mean.unsqueeze(1)).add_(mean.mean())
 
     k, l = kernel(x), kernel(y)
-    return ((k * l).sum() / (k.norm() * l.norm())).item()
+    return (torch.dot(k.flatten(), l.flatten()) / (k.norm() * l.norm())).item()
 
 
 def patch_similarity(tokens):
@@ -70,8 +74,7 @@ def patch_similarity(tokens):
 
     Tokens go through LayerNorm without affine first (eps 1e-12).
     """
-    z = F.layer_norm(tokens.double(), tokens.shape[-1:], eps=1e-12)
-    z = F.normalize(z, dim=-1)
+    z = F.normalize(F.layer_norm(tokens.float(), tokens.shape[-1:], eps=1e-12), dim=-1)
     pairs = z.sum(dim=1).square().sum(dim=-1) - z.square().sum(dim=(1, 2))  # of all ordered pairs
     return pairs / (z.shape[1] * (z.shape[1] - 1))
 
@@ -98,8 +101,12 @@ def spectrum(x):
 
 
 def uniformity(x):
-    """Uniformity on the sphere (Sec. 4) of x (n, D): log mean exp(-2 |z_i - z_j|^2) over pairs."""
-    return (-2 * torch.pdist(F.normalize(x.double(), dim=1)).square()).exp().mean().log().item()
+    """Uniformity on the sphere (Sec. 4) of x (n, D): log mean exp(-2 |z_i - z_j|^2) over pairs, in float64."""
+    z, total = F.normalize(x.double(), dim=1), 0.0
+    for part in z.split(1024):
+        cosine = part @ z.T  # |z_i - z_j|^2 = 2 - 2 cosine
+        total += cosine.sub_(1).mul_(4).exp_().sum().item()
+    return math.log((total - len(z)) / (len(z) * (len(z) - 1)))  # without the pairs (i, i)
 
 
 def occlusion_drop(accuracy, occluded):

@@ -995,8 +995,8 @@ def test_probe_equals_scikit_learn_at_C_1():
         found = probe.logistic_probe(x[:200], y[:200], x[200:])
         mean, std = x[:200].double().mean(0), x[:200].double().std(0, unbiased=False)
         train, test = ((a.double() - mean) / std for a in (x[:200], x[200:]))
-        reference = linear_model.LogisticRegression(C=1.0, tol=1e-10, max_iter=10000).fit(train, y[:200])
-        np.testing.assert_allclose(found.numpy(), reference.predict_proba(test), atol=1e-3)
+        reference = linear_model.LogisticRegression(C=1.0, tol=1e-12, max_iter=10000).fit(train, y[:200])
+        np.testing.assert_allclose(found.numpy(), reference.predict_proba(test), rtol=0, atol=1e-5)
 
 
 def test_probe_is_at_the_optimum_of_its_objective():
@@ -1007,7 +1007,7 @@ def test_probe_is_at_the_optimum_of_its_objective():
     W = z.T @ (F.one_hot(y).double() - probabilities)
     logits = z @ W
     expected = (logits - logits[:, :1]) - (probabilities.log() - probabilities.log()[:, :1])
-    assert (expected - expected.mean(0)).abs().max() < 1e-4
+    assert (expected - expected.mean(0)).abs().max() < 1e-3
     assert (F.one_hot(y).double() - probabilities).sum(0).abs().max() < 1e-4  # intercept is free
 
 
@@ -1052,11 +1052,11 @@ def test_accuracies_and_neighbours_by_hand():
     true, predicted = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1])
     assert probe.accuracies(predicted, true) == (0.75, pytest.approx((2 / 3 + 1) / 2))
     x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
-    assert probe.knn(x, torch.tensor([1, 1, 0]), torch.tensor([[9.0, 1.0], [0.1, 0.9]]), k=1).tolist() == [
-        1,
-        0,
-    ]
-    assert probe.knn(x, torch.tensor([1, 1, 0]), torch.tensor([[0.1, 0.9]]), k=3).tolist() == [1]
+    y, queries = torch.tensor([1, 1, 0]), torch.tensor([[9.0, 1.0], [0.1, 0.9]])
+    assert probe.knn(x, y, queries, k=1).tolist() == [1, 0]
+    assert probe.knn(x, y, queries, k=2).tolist() == [1, 0]  # 0 and 1 tie for the second: the lower one
+    both = torch.stack([y, torch.tensor([5, 3, 5])], dim=1)  # two targets
+    assert probe.knn(x, both, queries, k=3).tolist() == [[1, 5], [1, 5]]
 
 
 def test_folds_are_a_stratified_partition():
@@ -1177,12 +1177,8 @@ def test_patch_similarity_against_all_pairs():
     tokens = torch.randn(2, 7, 10, generator=torch.Generator().manual_seed(0)) * 4 + 1
     z = F.normalize(F.layer_norm(tokens.double(), (10,), eps=1e-12), dim=-1)
     expected = [np.mean([z[b, i] @ z[b, j] for i in range(7) for j in range(7) if i != j]) for b in range(2)]
-    torch.testing.assert_close(
-        analyze.patch_similarity(tokens), torch.tensor(expected), rtol=1e-6, atol=1e-12
-    )
-    torch.testing.assert_close(
-        analyze.patch_similarity(9 * tokens.flip(1)), torch.tensor(expected), rtol=1e-6, atol=1e-9
-    )
+    for same in (tokens, 9 * tokens.flip(1)):
+        assert analyze.patch_similarity(same).tolist() == pytest.approx(expected, abs=1e-6)
     assert analyze.patch_similarity(tokens[:, :1].expand(2, 7, 10)).tolist() == pytest.approx([1, 1])
 
 
