@@ -6,14 +6,21 @@ Römer & Dickscheid, arXiv 2601.09040, Sec. 4. The probe and retrieval are in pr
     python analyze.py RUN RUN --data VIDEOS --train-list train.txt --test-list test.txt
 
 Prints one table per measurement and what the runs say to the paper's claims C1-C7; writes analysis.json and
-figures.
+figures. Which layers matter (Gardener, Xiang et al., arXiv 2602.03918), without data and by removing them:
+
+    python analyze.py RUN --entropy                 # or a VideoMAE checkpoint instead of a run
+    python analyze.py RUN RUN --prune --plot        # writes prune.json, figure_prune.png
+
 Shapes: B batch, N tokens, D width, K blocks, M masked tokens, P values in one tubelet; here n clips.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import math
+import pickle
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -149,6 +156,197 @@ def reconstruction_losses(model, videos, *, ratio=0.9, seed=0):
     if not count:
         raise ValueError("There is no clip to read in this data.")
     return {name: total / count for name, total in sums.items()}
+
+
+# ---- which layers matter: Gardener, arXiv 2602.03918 ----
+
+# Where a state_dict keeps the four matrices of an encoder layer; {} is its number (here: block and layer).
+WEIGHTS = (
+    r"blocks\.block{}\.layers\.{}\.(qkv|proj|fc1|fc2)\.weight",  # this project
+    r"(encoder\.)?blocks\.{}\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.weight",  # VideoMAE, timm
+    r"(videomae\.)?encoder\.layer\.{}\.(attention\.attention\.(query|key|value)|"  # Hugging Face
+    r"(attention\.output|intermediate|output)\.dense)\.weight",
+)
+
+
+def layer_entropy(weights):
+    """Importance of a layer without data: (entropy, entropy / ln N), in nats, of its N weights' exact values.
+
+    H = -sum p log p over the distinct float16 values. weights: tensors, those of qkv, attention projection,
+    fc1 and fc2 together; no biases, no norms. No binning: bins of equal width can reverse the order of layers.
+    """
+    values = torch.cat([w.detach().cpu().half().flatten() for w in weights]) + 0.0  # -0 becomes 0
+    counts = torch.bincount(values.view(torch.int16).int() + 2**15).double()  # by the 16 bits of a value
+    entropy = torch.special.entr(counts / len(values)).sum().item()
+    return entropy, entropy / math.log(len(values)) if len(values) > 1 else 0.0
+
+
+def layer_weights(state, pattern=None):
+    """The weights of every encoder layer in a state_dict: {(layer,) or (block, layer): [tensors]}, in order.
+
+    pattern: regular expression of the keys, with {} for each number; None: the first of WEIGHTS that fits.
+    Raises ValueError if no key fits.
+    """
+    if pattern and "{}" not in pattern:
+        raise ValueError(f"--pattern {pattern} lacks {{}}, which stands for the number of the layer.")
+    for one in [pattern] if pattern else WEIGHTS:
+        found = defaultdict(list)
+        for key, value in state.items():
+            match = re.fullmatch(one.replace("{}", r"(\d+)"), key)
+            if match:
+                numbers = tuple(int(part) for part in match.groups() if part and part.isdigit())
+                found[numbers].append(value)
+        if found:
+            return dict(sorted(found.items()))
+    some = ", ".join(key for key in state if key.endswith("weight"))[:400]
+    raise ValueError(
+        f"No key fits {pattern or 'a known naming'}; give --pattern 'blocks.{{}}.(attn.qkv|attn.proj|mlp.fc1|mlp.fc2)"
+        f".weight' in the words of your keys: {some} ..."
+    )
+
+
+def read_state(path):
+    """The state_dict in a run folder or in a checkpoint, also if it is nested as model, module or state_dict.
+
+    Raises ValueError if there is none.
+    """
+    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no checkpoint {path}; name a run folder or the file of a state_dict.")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # VideoMAE's hold their arguments
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a checkpoint that torch.load() reads safely: {why}") from None
+    while isinstance(state, dict) and (inner := {"model", "module", "state_dict"} & state.keys()):
+        state = state[inner.pop()]
+    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state_dict: no tensors by name.")
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def prune(model, layers):
+    """A copy of a Blockwise model without some encoder layers, numbered 1..depth through all blocks.
+
+    A removed layer becomes nn.Identity: the residual stream passes, and the keys of the others keep their
+    numbers. To load a saved one: prune(Blockwise(**config), layers).load_state_dict(state).
+    """
+    depth = model.config["depth"]
+    if not set(layers) <= set(range(1, depth + 1)):
+        raise ValueError(f"Layers {sorted(layers)} cannot be removed; there are 1 to {depth}.")
+    model = copy.deepcopy(model)
+    places = [(block.layers, i) for block in model.blocks.values() for i in range(len(block.layers))]
+    for number in set(layers):
+        of_block, i = places[number - 1]
+        of_block[i] = torch.nn.Identity()
+    return model
+
+
+class Pruned(torch.nn.Module):
+    """Final representations of many pruned copies of one model, in one pass.
+
+    removed: a set of frozensets of layer numbers, as for prune(). Copies share what they compute up to the
+    first layer in which they differ.
+    """
+
+    def __init__(self, model, removed):
+        super().__init__()
+        self.model, self.removed = model, set(removed)
+
+    def encode(self, video):
+        """video (B, T, H, W, C) to {frozenset: (B, 1, D)}: mean of the tokens after the last block."""
+        blocks, found = list(self.model.blocks.values()), {}
+        layers = [layer for block in blocks for layer in block.layers]
+
+        def descend(h, number, choices):
+            if number > len(layers):
+                found.update(
+                    dict.fromkeys(choices, blocks[-1].norm(h).mean(dim=1, keepdim=True))
+                )  # (B, 1, D)
+                return
+            without = {choice for choice in choices if number in choice}
+            if choices - without:
+                descend(layers[number - 1](h), number + 1, choices - without)
+            if without:
+                descend(h, number + 1, without)
+
+        patches = patchify(video, self.model.tubelet)  # (B, N, P)
+        places = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)  # (B, N)
+        descend(blocks[0].embedding(patches, places), 1, self.removed)
+        return found
+
+
+def spearman(a, b):
+    """Spearman's rank correlation of two sequences; equal values share their mean rank. nan if one is constant."""
+
+    def ranks(values):
+        _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (counts.cumsum() - (counts - 1) / 2)[group]
+
+    a, b = ranks(a), ranks(b)
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else math.nan
+
+
+def importances(model, draws=5):
+    """What orders the layers without data: {ranking: [importance of layer 1..depth]}; the least goes first."""
+    weights = layer_weights(model.state_dict()).values()
+    depth, rng = len(weights), np.random.default_rng(0)
+    return {
+        "entropy": [layer_entropy(w)[0] for w in weights],
+        # Paper does not say: which magnitude. The mean |w| of the same four matrices.
+        "magnitude": [torch.cat([part.flatten() for part in w]).abs().mean().item() for w in weights],
+        "last": [-number for number in range(depth)],
+    } | {f"random {i}": rng.permutation(depth).tolist() for i in range(1, draws + 1)}
+
+
+def probe_pruned(args, runs, removed):
+    """Linear probe of the last block without some layers: ({(title, frozenset): accuracy}, two errors).
+
+    removed: {title: frozensets of layers}. Two standard errors over the test clips, of the surest accuracy.
+    """
+    models = {run.title: Pruned(run.model, removed[run.title]) for run in runs}
+    features, targets, _, _, folds = collect(args, models, open_data(args, runs[0].model.video))
+    found, errors = {}, []
+    for key, x in tqdm(features.items(), "probes", leave=False):
+        by_target, _, _, correct = probe_accuracy(x, targets, folds)
+        found[key] = float(np.mean(by_target))
+        errors.append(2 * correct.mean(axis=0).std(ddof=1) / math.sqrt(correct.shape[1]))
+    return found, max(errors, default=0.0)
+
+
+def measure_pruning(args, runs):
+    """Accuracy of every run with 1, 3, 5, ... layers removed in every order: what prune.json holds."""
+    depth = min(run.model.config["depth"] for run in runs)
+    sizes = [0, *range(1, depth, 2)]
+
+    def choices(importance):
+        order = sorted(range(1, len(importance) + 1), key=lambda number: importance[number - 1])
+        return [frozenset(order[:size]) for size in sizes]
+
+    ranked = {run.title: importances(run.model) for run in runs}
+    single = {run.title: [frozenset([n + 1]) for n in range(run.model.config["depth"])] for run in runs}
+    removed = {title: {c for values in r.values() for c in choices(values)} for title, r in ranked.items()}
+    found, error = probe_pruned(args, runs, {t: removed[t] | set(single[t]) for t in removed})
+    for title in ranked:  # the oracle removes first what costs least when it alone is removed
+        ranked[title]["leave-one-out"] = [-found[title, choice] for choice in single[title]]
+    missing = {t: {c for c in choices(r["leave-one-out"]) if (t, c) not in found} for t, r in ranked.items()}
+    found |= probe_pruned(args, runs, missing)[0]
+    results = {}
+    for run in runs:
+        values = ranked[run.title]
+        entropies = [layer_entropy(w) for w in layer_weights(run.model.state_dict()).values()]
+        results[run.title] = {
+            "layers": {
+                "entropy": values["entropy"],
+                "entropy / ln N": [share for _, share in entropies],
+                "mean |w|": values["magnitude"],
+                "accuracy without": [-value for value in values["leave-one-out"]],
+            },
+            "accuracy": {n: [found[run.title, c] for c in choices(v)] for n, v in values.items()},
+            "spearman": {n: spearman(v, values["leave-one-out"]) for n, v in values.items()},
+        }
+    return {"removed": sizes, "two standard errors": error, "runs": results}
 
 
 # ---- all measurements of some runs ----
@@ -349,15 +547,21 @@ def saturation(group):
 # ---- figures ----
 
 
-def plot(groups, folder):
-    """Draw the paper's Figures 2-5 as PNG files: lines are means, bands ±1 sd over seeds."""
+def pyplot():
+    """matplotlib.pyplot, which only figures need; called before the measurements, so that they are not lost."""
     try:
         import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
     except ImportError:
         raise ValueError("--plot needs matplotlib; install it with: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def plot(groups, folder):
+    """Draw the paper's Figures 2-5 as PNG files: lines are means, bands ±1 sd over seeds."""
+    plt = pyplot()
     colours = {g.name: colour for g, colour in zip(groups, itertools.cycle(plt.get_cmap("tab10").colors))}
     probes = [name for name in groups[0].results[0] if name.startswith("accuracy")]
     tokens = (
@@ -425,15 +629,52 @@ def draw_heat(axis, g, groups, colours):
     axis.set(title=f"linear CKA, {g.name}", xlabel="block", ylabel="block", xticks=ticks, yticks=ticks)
 
 
+def by_ranking(accuracy):
+    """{ranking: [values by draw]}: the random orders together, the others alone, each (draws, sizes)."""
+    rows = defaultdict(list)
+    for name, values in accuracy.items():
+        rows["random" if name.startswith("random") else name].append(values)
+    return rows
+
+
+def plot_pruning(found, folder):
+    """Draw accuracy against layers removed, a panel per run, as figure_prune.png; random: mean ± sd of draws."""
+    plt, runs = pyplot(), found["runs"]
+    size = (4.2 * len(runs), 3.8)
+    figure, axes = plt.subplots(1, len(runs), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis, (title, run) in zip(axes.flat, runs.items()):
+        for name, values in by_ranking(run["accuracy"]).items():
+            mean, sd = np.mean(values, axis=0), np.std(values, axis=0, ddof=len(values) > 1)
+            axis.plot(found["removed"], mean, marker="o", label=name)
+            axis.fill_between(found["removed"], mean - sd, mean + sd, alpha=0.2)
+        axis.set(title=title, xlabel="layers removed", xticks=found["removed"])
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("linear probe, last block")
+    handles, titles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, titles, loc="outside lower center", ncols=len(titles), frameon=False)
+    figure.savefig(folder / "figure_prune.png", dpi=150)
+    plt.close(figure)
+
+
 # ---- command line ----
 
 
 def flags():
     """The command line of this script."""
     found = parser(__doc__)
-    found.add_argument("--out", default="analysis", help="folder for analysis.json and figures [analysis]")
+    found.add_argument("--out", default="analysis", help="folder for the .json and the figures [analysis]")
     found.add_argument(
         "--plot", action=argparse.BooleanOptionalAction, default=False, help="draw the figures"
+    )
+    what = found.add_mutually_exclusive_group()
+    what.add_argument(
+        "--entropy", action="store_true", help="only rank the layers by entropy; RUN may be any checkpoint"
+    )
+    what.add_argument(
+        "--prune", action="store_true", help="only probe with layers removed, in several orders"
+    )
+    found.add_argument(
+        "--pattern", help="with --entropy: regular expression of the weights' keys, {} = layer"
     )
     return found
 
@@ -448,8 +689,19 @@ def main(arguments=None):
 
 
 def analyze(args):
-    """All of it for the runs that the flags name."""
+    """What the flags ask for, of the runs that they name."""
+    if args.pattern and not args.entropy:
+        raise ValueError("--pattern says where --entropy finds the weights; give both.")
+    if args.entropy:
+        for path in args.runs:
+            print_entropies(path, args.pattern)
+        return
+    if args.plot:
+        pyplot()
     runs = read_runs(args.runs)
+    if args.prune:
+        print_pruning(args, runs)
+        return
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     found, by_clip = measure(args, runs)
@@ -486,6 +738,49 @@ def analyze(args):
         f"\n{folder}/analysis.json"
         + (f" and {folder}/figure2_probe.png to figure5_tokens.png" if args.plot else "")
     )
+
+
+def print_entropies(path, pattern):
+    """The table of --entropy: a row per layer, and per block where the keys have two numbers."""
+    layers = layer_weights(read_state(path), pattern)
+    rows, blocks = {}, defaultdict(list)
+    for numbers, weights in layers.items():
+        rows[layer_title(numbers)] = [[value] for value in layer_entropy(weights)]
+        blocks[numbers[0]] += weights
+    lowest = ", ".join(sorted(rows, key=lambda name: rows[name][0]))
+    if len(next(iter(layers))) > 1:
+        rows |= {f"block{k}, all": [[value] for value in layer_entropy(w)] for k, w in blocks.items()}
+    print_table(str(path), ["entropy", "/ ln N"], rows)
+    print(f"lowest first: {lowest}")
+
+
+def layer_title(numbers):
+    """Name of a layer by the numbers in its keys."""
+    return "layer {}".format(*numbers) if len(numbers) == 1 else "block{} layers.{}".format(*numbers)
+
+
+def print_pruning(args, runs):
+    """The tables of --prune, prune.json and figure_prune.png."""
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = measure_pruning(args, runs)
+    for run in runs:
+        result = found["runs"][run.title]
+        names = [layer_title(numbers) for numbers in layer_weights(run.model.state_dict())]
+        columns = zip(*result["layers"].values())
+        rows = {f"{i} {n}": [[v] for v in values] for i, (n, values) in enumerate(zip(names, columns), 1)}
+        print_table(run.title, ["entropy", "/ ln N", "mean |w|", "without it"], rows)
+        rows = {n: np.transpose(v).tolist() for n, v in by_ranking(result["accuracy"]).items()}
+        title = f"{run.title}, linear probe without n layers"
+        print_table(title, [f"n = {size}" for size in found["removed"]], rows)
+        rows = {name: [values] for name, values in by_ranking(result["spearman"]).items()}
+        print_table("rank correlation with leave-one-out", ["Spearman"], rows)
+    print(f"\nTwo standard errors of one accuracy over the test clips: {found['two standard errors']:.3f}")
+    text = json.dumps(found, indent=1).replace("NaN", "null")
+    (folder / "prune.json").write_text(text + "\n")
+    if args.plot:
+        plot_pruning(found, folder)
+    print(f"{folder}/prune.json" + (f" and {folder}/figure_prune.png" if args.plot else ""))
 
 
 if __name__ == "__main__":
