@@ -3,7 +3,6 @@
 In the order of the files: model.py, blockwise.py, data.py, train.py, probe.py, analyze.py, README.md.
 """
 
-import contextlib
 import itertools
 import json
 import os
@@ -13,8 +12,7 @@ import struct
 import subprocess
 import sys
 import time
-import weakref
-from dataclasses import fields
+from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -43,6 +41,7 @@ from model import (
     tube_mask,
     unpatchify,
 )
+from train import saved_bytes
 
 torch.set_num_threads(1)  # the models below are so small that more threads only wait for each other
 
@@ -244,17 +243,6 @@ def test_where_e2e_is_read_does_not_change_it_by_a_bit():
         assert all(torch.equal(a, b) for a, b in zip(ends[0], other, strict=True))
 
 
-def gradients_of_sum(model, video, visible, masked, detach):
-    """Gradients of the plain formulation: one graph, all losses summed, one backward."""
-    h, total = take(patchify(video, model.tubelet), visible), 0.0
-    target = normalized_targets(take(patchify(video, model.tubelet), masked))[0]
-    for name, block in model.blocks.items():
-        h = block(h.detach() if detach else h, visible)
-        if name in model.decoders:
-            total = total + F.mse_loss(model.decoders[name](h, visible, masked), target)
-    return torch.autograd.grad(total, list(model.parameters()))
-
-
 def gradients_at_step(optimizers):
     """{parameter: gradient} that fills as the optimizers step."""
     found = {}
@@ -272,7 +260,7 @@ def gradients_at_step(optimizers):
 def test_gradients_equal_those_of_the_sum_of_losses(regime, slices):
     model = toy(regime, blocks=4)
     batch = (clips(), *masks(model))
-    expected = gradients_of_sum(model, *batch, detach=regime == "simultaneous")
+    expected = torch.autograd.grad(train.summed_loss(model, *batch), list(model.parameters()))
     found = gradients_at_step(optimizers := make_optimizers(model))
     parameters = list(model.parameters())
     train_step(model, optimizers, *batch, slices=slices)
@@ -338,44 +326,34 @@ def test_block_1_learns_the_same_in_simultaneous_and_sequential():
     assert not differing(*(weights(model.decoders["block1"]) for model in ends))
 
 
-@contextlib.contextmanager
-def saved_bytes():
-    """Counts the bytes that autograd keeps for backward, weights aside. Yields {"now": n, "peak": n}."""
-    count = {"now": 0, "peak": 0}
-
-    class Kept:
-        pass
-
-    def release(size):
-        count["now"] -= size
-
-    def pack(tensor):
-        kept = Kept()
-        kept.tensor = tensor
-        if not isinstance(tensor, torch.nn.Parameter) and not (
-            tensor._base is not None and tensor._base.is_leaf and tensor._base.requires_grad
-        ):
-            size = tensor.numel() * tensor.element_size()
-            count["now"] += size
-            count["peak"] = max(count["peak"], count["now"])
-            weakref.finalize(kept, release, size)
-        return kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        yield count
+@pytest.mark.parametrize("blocks,of_summed,of_e2e", [(4, 0.25, 0.2), (12, 0.08, 0.15)])
+def test_a_simultaneous_step_keeps_the_activations_of_one_block_and_one_slice(blocks, of_summed, of_e2e):
+    batch, saved = None, {}
+    for regime in ("e2e", "simultaneous"):
+        model = Blockwise(**SIZES["nano"], blocks=blocks, regime=regime)
+        batch = batch or (clips(16, model.video), *masks(model, 16, ratio=0.9))
+        with saved_bytes(model) as saved[f"{regime}, one graph"]:
+            train.summed_loss(model, *batch).backward()
+        with saved_bytes(model) as saved[regime]:
+            train_step(model, make_optimizers(model), *batch, slices=8)
+    assert all(count["now"] == 0 < count["peak"] for count in saved.values())
+    peak = {name: count["peak"] for name, count in saved.items()}
+    assert peak["simultaneous"] <= of_summed * peak["simultaneous, one graph"]
+    assert peak["simultaneous"] <= of_e2e * peak["e2e, one graph"]
+    assert peak["e2e"] <= 0.5 * peak["e2e, one graph"]
 
 
-@pytest.mark.parametrize("blocks", [2, 4])
-def test_memory_of_a_simultaneous_step_is_that_of_one_block(blocks):
-    model = toy(blocks=blocks)
-    batch = (clips(8), *masks(model, 8))
-    optimizers = make_optimizers(model)
-    with saved_bytes() as stepwise:
-        train_step(model, optimizers, *batch)
-    with saved_bytes() as summed:
-        gradients_of_sum(model, *batch, detach=True)
-    assert stepwise["now"] == summed["now"] == 0
-    assert 0 < stepwise["peak"] <= 1.5 / blocks * summed["peak"]
+def test_saved_bytes_counts_each_buffer_once_and_no_weights():
+    linear = torch.nn.Linear(8, 8)
+    x = torch.randn(4, 8)
+    with saved_bytes(linear) as count:
+        y = linear(x).exp()  # keeps x and its result
+        z = linear(x[:2]) * linear(x[2:])  # keeps x again, and both factors
+        assert count["now"] == count["peak"] == 4 * (4 * 8 + 4 * 8 + 2 * 2 * 8)
+        del y
+        assert count["now"] == 4 * (4 * 8 + 2 * 2 * 8)
+        z.sum().backward()
+        assert count["now"] == 0
 
 
 def test_frozen_blocks_run_without_a_graph():
@@ -383,7 +361,7 @@ def test_frozen_blocks_run_without_a_graph():
     batch = (clips(8), *masks(model, 8))
     peaks = []
     for stage in range(4):
-        with saved_bytes() as kept:
+        with saved_bytes(model) as kept:
             train_step(model, make_optimizers(model, stage=stage), *batch)
         peaks.append(kept["peak"])
     assert max(peaks[1:3]) <= min(peaks[1:3]) * 1.01  # however many frozen blocks come before
@@ -926,6 +904,8 @@ def test_every_setting_is_a_flag_and_every_flag_a_setting(capsys):
         ("--lr nan", "--lr nan must be"),
         ("--batch 0", "--batch 0 must be at least 1"),
         ("--steps 3 --epochs 2", "give one of them"),
+        ("--decode-ratio 0", "--decode-ratio 0.0 must be more than 0 and at most 1"),
+        ("--benchmark --blocks 5", "choose --blocks from 1, 2, 3, 4, 6, 12"),
         ("--accumulate 99", "more parts than the batch has clips"),
         ("--device warp", "try --device cpu"),
         ("--data nowhere", "nowhere is not a folder"),
@@ -941,6 +921,32 @@ def test_wrong_settings_get_one_sentence_with_the_fix(arguments, sentence, tmp_p
     printed = capsys.readouterr().err
     assert sentence in printed and len(printed.splitlines()) == 1
     assert not os.listdir(tmp_path)
+
+
+def test_decode_ratio_takes_a_random_part_of_the_masked_tokens():
+    config = train.parse(["--decode-ratio", "0.5", "--batch", "8", "--device", "cpu"])[0]
+    model = Blockwise(**SIZES["nano"], blocks=4)
+    visible, some = train.masks_of_step(config, model, 3)
+    same, every = train.masks_of_step(replace(config, decode_ratio=1.0), model, 3)
+    assert torch.equal(visible, same) and some.shape == (8, 57) and every.shape == (8, 114)
+    assert all(set(a.tolist()) < set(b.tolist()) for a, b in zip(some, every))
+    assert (some.diff(dim=1) > 0).all() and not torch.equal(some, train.masks_of_step(config, model, 4)[1])
+
+
+def test_benchmark_measures_and_trains_nothing(tmp_path, capsys):
+    small = "--benchmark --pixels 16 --batch 4 --steps 2 --regime simultaneous --device cpu"
+    assert run(*small.split(), "--out", str(tmp_path)) == 0
+    found = json.loads((tmp_path / "benchmark.json").read_text())
+    assert os.listdir(tmp_path) == ["benchmark.json"] and list(found["steps"]) == [
+        "e2e, decoder at once",
+        "simultaneous",
+    ]
+    row = found["steps"]["simultaneous"]
+    assert 0 < row["saved_mb"] < found["steps"]["e2e, decoder at once"]["saved_mb"]
+    assert row["clips_per_s"] == pytest.approx(4 / row["step_ms"] * 1e3) and row["flops"] > 0
+    by_blocks = {int(k): v["block by block"] for k, v in found["saved_mb_by_blocks"].items()}
+    assert list(by_blocks) == [1, 2, 3, 4, 6, 12] and by_blocks[12] < by_blocks[1]
+    assert row["saved_mb"] == pytest.approx(by_blocks[4]) and "simultaneous" in capsys.readouterr().out
 
 
 def test_nothing_is_overwritten(tmp_path, capsys):
