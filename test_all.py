@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from av.video.reformatter import VideoReformatter
 
 import analyze
 import blockwise
@@ -540,6 +541,87 @@ def test_a_clip_holds_every_stride_th_frame_from_its_start(tmp_path, name):
         if name != "a.ts":  # MPEG-TS has no index: seeking may land late
             assert abs(first - start * (40 - 12)) <= 1.5
     assert frame_numbers(read_clip(path, video=(16, 32, 32), stride=2, start=1.0))[0] <= 8
+
+
+@pytest.mark.skipif("libx264" not in av.codecs_available, reason="this FFmpeg cannot write H.264")
+def test_frames_that_are_left_undecoded_change_nothing(tmp_path, monkeypatch):
+    options, wave = {"bf": "3", "g": "250", "b_strategy": "0"}, np.sin(np.arange(64) / 9)
+    images = [np.outer(wave, np.roll(wave, n))[..., None].repeat(3, 2) * 60 + 100 + n for n in range(60)]
+    images = np.stack(images).astype(np.uint8)
+    data.write_video(tmp_path / "b.mp4", images, rate=25, codec="libx264", options=options)
+    with data.open_video(tmp_path / "b.mp4") as (container, stream):
+        every = [
+            data.upright_crop(f, VideoReformatter(), 32, 32, (0.5, 0.5)) for f in container.decode(stream)
+        ]
+    quick, plain = data.decode_needed, data.decode
+    used = []
+
+    def noted(*arguments, **how):
+        used.append(len(found := quick(*arguments, **how)) > 0)
+        return found
+
+    for stride, start in itertools.product((1, 2, 4, 5), (0.0, 0.31, 0.77, 1.0)):
+        how = {"video": (8, 32, 32), "stride": stride, "start": start}
+        monkeypatch.setattr(data, "decode_needed", noted)
+        clip = read_clip(tmp_path / "b.mp4", **how)
+        monkeypatch.setattr(data, "decode_needed", plain)
+        assert np.array_equal(clip, read_clip(tmp_path / "b.mp4", **how))
+        first = next(i for i, frame in enumerate(every) if np.array_equal(frame, clip[0]))
+        assert np.array_equal(clip, np.stack(every[first::stride][:8]))
+    assert sum(used) >= 12
+
+
+def test_a_packed_folder_has_the_same_names_and_frames(tmp_path, capsys):
+    source, target, fourth = (tmp_path / name for name in ("source", "packed", "fourth"))
+    (source / "a b").mkdir(parents=True)
+    for name in ("a b/ü.mp4", "c.avi", "c.mkv"):
+        write_numbered(source / name, size=(96, 64))
+    (source / "bad.mp4").write_bytes(b"no video")
+    arguments = [str(source), str(target), "--side", "32", "--workers", "2"]
+    data.main(arguments)
+    assert "broken: bad.mp4" in capsys.readouterr().out
+    assert sorted(p.relative_to(target).as_posix() for p in target.rglob("*.*")) == [
+        "a b/ü.mp4",
+        "c.avi",
+        "c.mkv",
+        "pack.json",
+    ]
+    with data.open_video(target / "c.avi") as (container, stream):
+        assert (stream.width, stream.height, stream.frames) == (48, 32, 40)
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        keys = [number for number, packet in enumerate(packets) if packet.is_keyframe]
+        assert np.diff([*keys, 40]).max() <= 8 and not stream.codec_context.has_b_frames
+    data.main([str(source), str(fourth), "--side", "32", "--every", "4"])
+    expected = frame_numbers(read_clip(source / "c.avi", video=(8, 32, 32), stride=4, start=0.0))
+    for folder, stride in ((target, 4), (fourth, 1)):  # to one frame: the copy's grey levels are a little off
+        numbers = frame_numbers(read_clip(folder / "c.avi", video=(8, 32, 32), stride=stride, start=0.0))
+        assert np.abs(np.subtract(numbers, expected)).max() <= 1
+
+    before = (target / "c.avi").stat().st_mtime_ns
+    (target / "c.mkv").unlink()  # as if the run had been stopped before it
+    data.main(arguments)
+    assert (target / "c.mkv").exists() and (target / "c.avi").stat().st_mtime_ns == before
+
+
+def test_packing_refuses_to_mix_folders(tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    write_numbered(source / "a.mp4")
+    data.main([str(source), str(tmp_path / "packed")])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    for arguments, sentence in [
+        ([source, source / "packed"], "packed twice"),
+        ([source, tmp_path / "packed", "--side", "64"], "other settings"),
+        ([source, tmp_path / "full"], "was not packed by this program"),
+        ([tmp_path / "none"], "is not a folder"),
+        ([source, tmp_path / "new", "--every", "3"], "must be a multiple of --every 3"),
+    ]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            data.main([*map(str, arguments)])
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and sentence in error and len(error.splitlines()) == 1
 
 
 def test_a_file_without_duration_is_read_from_a_random_place_too(tmp_path):
