@@ -43,7 +43,9 @@ REGIMES = {
 }
 
 
-def train_step(model, optimizers, video, visible, masked, *, dtype=None, clip=None, share=1.0, complete=True):
+def train_step(
+    model, optimizers, video, visible, masked, *, dtype=None, clip=None, slices=1, share=1.0, complete=True
+):
     """One training step of any regime (Sec. 3.1): detach, block, local loss, backward, its optimizer step.
 
     model.groups lists the sets of blocks that one backward trains: each block by itself if the regime stops
@@ -53,25 +55,59 @@ def train_step(model, optimizers, video, visible, masked, *, dtype=None, clip=No
     The forward pass ends where the list ends: a sequential stage does not run the blocks after its own.
     video: (B, T, H, W, C) uint8. visible (B, V), masked (B, M): indices from tube_mask(), for all blocks.
     dtype: torch.bfloat16 for autocast. clip: largest gradient norm, of each group by itself; None: none.
+    slices: parts of the batch in which a decoder runs, to save memory; the gradients stay the same.
     share, complete: for gradient accumulation, this part's share of the batch and whether it is the last.
     Returns (losses, norms), each {block name: 0-d tensor}: L_k of every block that trains with a decoder, and
     the gradient norm of every block that trains, decoder included.
     """
     patches = patchify(video, model.tubelet)  # (B, N, P)
-    target = normalized_targets(take(patches, masked))[0]  # (B, M, P)
-    h, losses, norms = take(patches, visible), {}, {}  # (B, V, P)
+    h, pixels, losses, norms = take(patches, visible), take(patches, masked), {}, {}  # (B, V, P), (B, M, P)
+    how = {"dtype": dtype, "slices": slices, "share": share}
     for group, optimizer in zip(model.groups, optimizers):
-        trained = optimizer is not None
-        h = h.detach()  # stop-gradient: h_k = f_k(sg(h_{k-1}))
-        with torch.set_grad_enabled(trained), torch.autocast(h.device.type, dtype, enabled=dtype is not None):
-            h, local = model.forward_group(group, h, visible, masked, target if trained else None)
-        if trained:
-            loss = share * sum(local.values())
-            loss.backward()  # at once: this graph is freed before the next is built
-            losses |= {name: loss.detach() for name, loss in local.items()}
+        h, tokens = h.detach(), {}  # stop-gradient: h_k = f_k(sg(h_{k-1}))
+        with torch.set_grad_enabled(optimizer is not None), autocast(h, dtype):
+            for name in group:
+                h = tokens[name] = model.blocks[name](h, visible)  # (B, V, D)
+        if optimizer is not None:
+            local = {
+                name: local_loss(model.decoders[name], tokens[name], visible, masked, pixels, **how)
+                for name in group
+                if name in model.decoders
+            }
+            losses |= {name: loss for name, (loss, _) in local.items()}  # L_k
+            # At once: this graph is freed before the next is built.
+            torch.autograd.backward([tokens[name] for name in local], [grad for _, grad in local.values()])
             if complete:
                 norms |= update(model, group, optimizer, clip)  # the optimizer step of this group alone
     return losses, norms
+
+
+def autocast(tensor, dtype):
+    """Mixed precision where `tensor` lives; off for dtype None."""
+    return torch.autocast(tensor.device.type, dtype, enabled=dtype is not None)
+
+
+def local_loss(decoder, h, visible, masked, pixels, *, dtype=None, slices=1, share=1.0):
+    """L_k and its gradient with respect to h_k, by forward and backward of one decoder; fills its p.grad.
+
+    L_k is the mean squared error over the masked tokens only (Sec. 3.1). The decoder runs in slices of the
+    batch: it sees N tokens per clip where the encoder sees V, so most of the memory would be its graph's.
+    h: (B, V, D) tokens after block k. pixels: (B, M, P) masked tubelets. Others: as in train_step().
+    Returns (L_k, share * gradient): 0-d tensor and (B, V, D).
+    """
+    loss, gradients = torch.zeros((), device=h.device), []
+    slices = min(slices, len(h))
+    for part, seen, hidden, x in zip(
+        *(a.detach().tensor_split(slices) for a in (h, visible, masked, pixels))
+    ):
+        part.requires_grad_()  # (B / slices, V, D)
+        with autocast(h, dtype):
+            prediction = decoder(part, seen, hidden)  # (B / slices, M, P)
+        local = F.mse_loss(prediction.float(), normalized_targets(x)[0]) * (len(part) / len(h))
+        (share * local).backward()
+        loss += local.detach()
+        gradients.append(part.grad)
+    return loss, torch.cat(gradients)  # (B, V, D)
 
 
 def update(model, group, optimizer, clip=None):
@@ -198,21 +234,6 @@ class Blockwise(nn.Module):
     def stages(self):
         """Stages of the training, each over all epochs: K in the sequential regime, else 1."""
         return len(self.groups) if REGIMES[self.config["regime"]].staged else 1
-
-    def forward_group(self, group, h, visible, masked, target=None):
-        """Run the blocks of one group: (tokens after the last one, {block name: local loss L_k}).
-
-        h: (B, V, D) tokens of the block before, for block 1 (B, V, P) pixels. target: (B, M, P) normalised
-        masked tubelets; None: no losses. L_k is the mean squared error over the masked tokens only (Sec.
-        3.1).
-        """
-        losses = {}
-        for name in group:
-            h = self.blocks[name](h, visible)  # (B, V, D)
-            if target is not None and name in self.decoders:
-                prediction = self.decoders[name](h, visible, masked)  # (B, M, P)
-                losses[name] = F.mse_loss(prediction.float(), target)
-        return h, losses
 
     def encode(self, video):
         """Representation after every block, nothing masked (Sec. 4): {"block1": (B, N, D), ..., "blockK":

@@ -7,6 +7,9 @@ centre crop for evaluation; videos that are too short are dropped.
     for batch in loader(source, batch=32, last=1500):
         batch["video"]                                # (B, T, H, W, C) uint8
 
+    python data.py SRC DST      # once: pack a folder of videos, so that clips are read several times as fast
+    python data.py SRC          # only say how fast clips are read
+
 Sample k of the endless training stream is a pure function of (seed, k): order, start, crop and flip keep no
 random state. So the number of workers, stopping and resuming change nothing, and any step's batch can be made
 again.
@@ -14,14 +17,23 @@ again.
 Shapes: B batch, T frames, H W pixels, C channels.
 """
 
+import argparse
 import contextlib
 import functools
 import hashlib
+import itertools
+import json
 import math
 import os
 import re
+import shutil
 import signal
-from concurrent.futures import ThreadPoolExecutor
+import stat
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -293,6 +305,14 @@ EXTENSIONS = (
     "mxf|ogm|ogv|qt|rm|rmvb|ts|vob|webm|wmv|y4m"
 )
 READ_ERRORS = (OSError, ValueError, av.FFmpegError)  # what a broken file raises, also from inside FFmpeg
+OPENING = {  # a video file is one file: no playlists, no network
+    "format_whitelist": ",".join(sorted(av.formats_available - {"concat"})),
+    "protocol_whitelist": "file",
+}
+MAX_PIXELS = 2**25  # of a frame; 8K has a little less
+MAX_DECODED = 2**36  # pixels that are decoded for one clip; 22 minutes of 1920 x 1080 at 25 frames per second
+MAX_REORDER = 16  # frames that a frame may come early, at most (H.264, A.3.1)
+HAVE_B_FRAMES = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
 MAX_BROKEN = 0.05  # more broken files than this share (and more than one) end a run
 
 
@@ -427,19 +447,55 @@ def reason(error):
 @contextlib.contextmanager
 def open_video(path):
     """(container, video stream) of a file, closed at the end. ValueError if there is none to decode."""
-    with av.open(str(path)) as container:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("is not a regular file")  # reading a pipe could wait for ever
+    # "file:" because a name may hold a colon, as in 12:30.mp4, and must not be taken for an address.
+    with av.open(f"file:{path}", options=OPENING, metadata_errors="replace") as container:
         stream = container.streams.best("video")
         if stream is None:
             raise ValueError("has no video stream")
         if stream.codec_context is None:
             raise ValueError("its codec has no decoder here")
+        if stream.width * stream.height > MAX_PIXELS:
+            raise ValueError(
+                f"claims frames of {stream.width} x {stream.height} pixels, at most {MAX_PIXELS} can be"
+            )
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change on the way
         stream.codec_context.thread_count = 1  # the workers are the parallelism
         yield container, stream
 
 
+def packets(container, stream, most=None):
+    """Packets up to the end of the file, or to damage of the container; the last one is empty, as a flush.
+
+    ValueError if there are more than `most`. More than there are bytes in the file, there cannot be.
+    """
+    with contextlib.suppress(av.FFmpegError):
+        for number, packet in enumerate(itertools.islice(container.demux(stream), container.size)):
+            if most is not None and number > most:
+                raise ValueError(
+                    f"needs more than {most} frames decoded for one clip; mend it with python data.py SRC DST"
+                )
+            yield packet
+
+
+def frames_of(codec, packet):
+    """Frames that a packet brings out of the decoder, None all that are left; none where it is damaged."""
+    try:
+        return codec.decode(packet)
+    except av.FFmpegError:
+        return []
+
+
+def all_frames(container, stream, most=None):
+    """Decoded frames up to the end of the file, passing over damaged packets."""
+    for packet in packets(container, stream, most):
+        yield from frames_of(stream.codec_context, packet)
+
+
 def count_packets(container, stream):
     """Frames of a stream by its packets, to the end of the file; nothing is decoded."""
-    return sum(packet.size > 0 for packet in container.demux(stream))
+    return sum(packet.size > 0 for packet in packets(container, stream))
 
 
 def count_or_reason(path):
@@ -447,7 +503,7 @@ def count_or_reason(path):
     try:
         with open_video(path) as (container, stream):
             # Matroska, WebM, MPEG and others do not store the count.
-            return stream.frames or count_packets(container, stream) or "holds no frames"
+            return max(stream.frames, 0) or count_packets(container, stream) or "holds no frames"
     except READ_ERRORS as error:
         return reason(error)
 
@@ -468,7 +524,12 @@ def read_clip(path, *, video=(16, 128, 128), stride=4, start=0.5, crop=(0.5, 0.5
     with open_video(path) as (container, stream):
         begin, seconds, count = extent(container, stream)
         target = begin + start * seconds * max(0.0, 1 - T * stride / count)
-        frames = decode(container, stream, time=target, seek=target > begin, **how) if seconds else []
+        place = {"time": target, "seek": target > begin}
+        quick = seconds and stream.codec_context.name in HAVE_B_FRAMES and stream.codec_context.has_b_frames
+        frames = (decode_needed if quick else decode)(container, stream, **place, **how) if seconds else []
+    if quick and len(frames) < T:
+        with open_video(path) as (container, stream):
+            frames = decode(container, stream, **place, **how)
     if len(frames) < T and (target > begin or not seconds):
         # The header has no duration or a wrong one, or the seek came out late: count, and skip from the
         # beginning.
@@ -500,32 +561,69 @@ def extent(container, stream):
     return begin, float(duration), max(1.0, stream.frames or float(duration) * frame_rate(stream))
 
 
+def seek_before(container, stream, time):
+    """Go to the key frame before a time in seconds; a format that cannot seek stays at its beginning."""
+    with contextlib.suppress(av.FFmpegError, OverflowError):
+        container.seek(int(time / stream.time_base), stream=stream)
+
+
 def decode(container, stream, *, video, stride, crop, time=None, seek=False, skip=0):
     """Up to T frames, every stride-th after `skip` frames or from `time` seconds on, each (H, W, C) uint8."""
-    if time is not None:
-        if seek:  # to the key frame before it, then roll forward
-            with contextlib.suppress(
-                av.FFmpegError
-            ):  # a format that cannot seek: roll forward from the beginning
-                container.seek(int(time / stream.time_base), stream=stream)
-        time -= 0.5 / frame_rate(stream)  # time stamps are rounded
+    if seek:
+        seek_before(container, stream, time)
+    first = -math.inf if time is None else time - 0.5 / frame_rate(stream)  # time stamps are rounded
     reformatter, kept, passed = VideoReformatter(), [], -skip
-    packets = container.demux(stream)
-    while len(kept) < video[0]:
-        try:
-            packet = next(packets, None)
-            frames = [] if packet is None else packet.decode()
-        except av.FFmpegError:
-            continue  # a damaged packet; after damage to the container itself there is no next packet
-        if packet is None:
-            break
-        for frame in frames:
-            if time is not None and frame.time is not None and frame.time < time:
-                continue
-            if passed >= 0 and passed % stride == 0 and len(kept) < video[0]:
-                kept.append(upright_crop(frame, reformatter, video[1], video[2], crop))
-            passed += 1
+    for frame in all_frames(container, stream, MAX_DECODED // (stream.width * stream.height or 1)):
+        if frame.time is not None and frame.time < first:
+            continue
+        if passed >= 0 and passed % stride == 0:
+            kept.append(upright_crop(frame, reformatter, video[1], video[2], crop))
+            if len(kept) == video[0]:
+                break
+        passed += 1
     return kept
+
+
+def decode_needed(container, stream, *, video, stride, crop, time, seek):
+    """The T frames that decode() gives, without decoding frames that are neither kept nor referred to.
+
+    Those are B-frames. Packets are read ahead, and their times say which frames are wanted; that can be
+    trusted if packets come in another order than their times, as they must where there are B-frames. [] in
+    any other case.
+    """
+    codec, span = stream.codec_context, video[0] * stride
+    if seek:
+        seek_before(container, stream, time)
+    first, tick = time - 0.5 / frame_rate(stream), stream.time_base
+    times, ahead = [], []  # of all packets; packets from the first wanted one on
+    for packet in packets(container, stream, MAX_DECODED // (stream.width * stream.height or 1)):
+        if packet.pts is None:
+            if packet.size:
+                return []
+            break  # the empty last one
+        times.append(packet.pts)
+        if ahead or packet.pts * tick.numerator / tick.denominator >= first:
+            ahead.append(packet)
+        else:
+            codec.skip_frame = "NONREF"
+            frames_of(codec, packet)
+        if len(ahead) == span + MAX_REORDER:
+            break
+    shown = sorted(pts for pts in times if pts * tick.numerator / tick.denominator >= first)
+    wanted = shown[:span:stride]
+    if len(wanted) < video[0] or times == sorted(times) or len(set(times)) < len(times):
+        return []
+    while ahead[-1].pts not in wanted:
+        ahead.pop()
+    reformatter, kept = VideoReformatter(), {}
+    for packet in [*ahead, None]:
+        codec.skip_frame = "DEFAULT" if packet and packet.pts in wanted else "NONREF"
+        for frame in frames_of(codec, packet):
+            if frame.interlaced_frame:  # may be two packets
+                return []
+            if frame.pts in wanted:
+                kept[frame.pts] = upright_crop(frame, reformatter, video[1], video[2], crop)
+    return [kept[pts] for pts in wanted] if len(kept) == video[0] else []
 
 
 def upright_crop(frame, reformatter, H, W, crop):
@@ -534,10 +632,12 @@ def upright_crop(frame, reformatter, H, W, crop):
     height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)  # upright
     scale = max(H / height, W / width)
     height, width = max(H, round(height * scale)), max(W, round(width * scale))
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"its frames of {frame.width} x {frame.height} pixels are too narrow")
     stored = {"width": height, "height": width} if turns % 2 else {"width": width, "height": height}
     scaled = reformatter.reformat(frame, format="rgb24", interpolation="BILINEAR", threads=1, **stored)
     top, left = (min(int(place * (room + 1)), room) for place, room in zip(crop, (height - H, width - W)))
-    return np.rot90(scaled.to_ndarray(), turns)[top : top + H, left : left + W].copy()
+    return np.rot90(scaled.to_ndarray(), turns)[top : top + H, left : left + W]
 
 
 # ---- batches ----
@@ -663,13 +763,181 @@ def write_picture(path, image):
     Path(path).write_bytes(b"".join(bytes(packet) for packet in codec.encode(frame) + codec.encode(None)))
 
 
-def write_video(path, images, *, rate=8):
-    """Write images (H, W, C) uint8 as a video file: H.264 where this FFmpeg can write it, else MPEG-4."""
-    height, width = (size // 2 * 2 for size in images[0].shape[:2])  # both codecs want even sizes
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=rate)
+def write_video(path, images, *, rate=8, codec=None, options=None):
+    """Write images (H, W, C) uint8, one or more, as an MP4 file: H.264 where this FFmpeg can, else MPEG-4."""
+    images = iter(images)
+    first = next(images)
+    codec = codec or ("libx264" if "libx264" in av.codecs_available else "mpeg4")
+    height, width = (size // 2 * 2 for size in first.shape[:2])  # both codecs want even sizes
+    with av.open(f"file:{path}", "w", format="mp4") as container:
+        stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        for image in images:
+        for image in itertools.chain([first], images):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:height, :width]), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+# ---- packing a folder, once, for quick reading ----
+
+# MPEG-4 is decoded in half the time of H.264 of the same size and quality, and every FFmpeg can write it.
+PACKED = {
+    "g": "8",
+    "bf": "0",
+    "qmin": "4",
+    "qmax": "4",
+    "b": "8M",
+    "threads": "1",
+}  # g: key frame every 8 frames
+
+
+def pack_video(source, target, partial, *, side=128, every=1, stop=None):
+    """Write every `every`-th frame of a video to `target`, upright, its shorter side scaled down to `side`.
+
+    The file appears when it is complete; until then it is `partial`. The frame rate is the source's, divided
+    by `every`. stop: an Event that gives up. Raises READ_ERRORS if nothing can be read or written.
+    """
+    with open_video(source) as (container, stream):
+        frames = itertools.islice(all_frames(container, stream), 0, None, every)
+        first = next(frames, None)
+        if first is None:
+            raise ValueError("no frame can be decoded")
+        sizes = first.height, first.width
+        scale = min(1, side / min(sizes))
+        H, W = (max(2, math.ceil(round(size * scale) / 2) * 2) for size in sizes)  # codecs want even sizes
+        if round(first.rotation / 90) % 2:
+            H, W = W, H
+        rate = min(max(frame_rate(stream) / every, 0.1), 1000)
+        rate = Fraction(rate).limit_denominator(min(1001, int(65535 / rate)))  # MPEG-4 counts time in 16 bits
+        reformatter = VideoReformatter()
+
+        def images():
+            for frame in itertools.chain([first], frames):
+                if stop and stop.is_set():
+                    raise InterruptedError("stopped")
+                yield upright_crop(frame, reformatter, H, W, (0.5, 0.5))
+
+        write_video(partial, images(), rate=rate, codec="mpeg4", options=PACKED)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(partial, target)
+
+
+def pack(source, target, *, side=128, every=1, workers=None):
+    """Pack all videos below a folder into another one, by the same names; returns broken ones {path: reason}.
+
+    A file keeps its name to the letter, so that lists of videos stay valid, but holds MP4, whatever the name
+    says: FFmpeg looks at the content. Files that are there already are skipped, so an interrupted run can be
+    repeated. Raises ValueError for folders that must not be mixed.
+    """
+    source, target = Path(source).resolve(), Path(target).resolve()
+    if target.is_relative_to(source):
+        raise ValueError(
+            f"{target} lies in {source}, whose videos would be packed twice; name another folder."
+        )
+    settings = {"source": str(source), "side": side, "every": every}
+    note, partial = target / "pack.json", target / ".partial"
+    if note.exists():
+        if note.read_text(encoding="utf-8") != json.dumps(settings):
+            raise ValueError(f"{target} was packed with other settings ({note}); name another folder.")
+    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and was not packed by this program; name another folder.")
+    target.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(settings), encoding="utf-8")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir()
+
+    broken, stop = {}, threading.Event()
+    todo = [path for path, _ in walk(source)[0] if not (target / path).exists()]
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # FFmpeg works outside of Python's lock
+        jobs = {}
+        for number, path in enumerate(todo):
+            names = source / path, target / path, partial / f"{number}.mp4"
+            jobs[pool.submit(pack_video, *names, side=side, every=every, stop=stop)] = path
+        try:
+            for job in tqdm(as_completed(jobs), "pack videos", len(jobs)):
+                try:
+                    job.result()
+                except READ_ERRORS as error:
+                    broken[jobs[job]] = reason(error)
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            shutil.rmtree(partial, ignore_errors=True)
+    return dict(sorted(broken.items()))
+
+
+def time_reading(places, names, *, pixels=128, clips=60):
+    """Median milliseconds to read a random clip of 16 frames in one process, in each (folder, stride)."""
+    rng, times = np.random.default_rng(0), {place: [] for place in places}
+    for name in rng.choice(names, clips):
+        start, top, left = rng.random(3)
+        for folder, stride in places:
+            how = {"video": (16, pixels, pixels), "stride": stride, "start": start, "crop": (top, left)}
+            begin = time.perf_counter()
+            with contextlib.suppress(*READ_ERRORS):
+                read_clip(Path(folder) / name, **how)
+                times[folder, stride].append(1000 * (time.perf_counter() - begin))
+    return [float(np.median(of)) for of in times.values()]
+
+
+def fail(message):
+    """End the program for a mistake that the user can mend: one sentence, exit code 2."""
+    print(f"data.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main(arguments=None):
+    """Pack SRC into DST, if that is given; then say how long the videos of each take to read."""
+    parser = argparse.ArgumentParser(description="Pack a folder of videos; time how fast clips are read.")
+    parser.error = fail
+    parser.add_argument("source", metavar="SRC", help="folder of videos")
+    parser.add_argument(
+        "target", metavar="DST", nargs="?", help="folder to pack them into, by the same names"
+    )
+    parser.add_argument("--side", type=int, default=128, help="shorter side that larger videos are scaled to")
+    parser.add_argument("--every", type=int, default=1, help="keep every EVERY-th frame only")
+    parser.add_argument(
+        "--stride", type=int, default=4, help="stride to time the reading with, in SRC's frames"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="videos packed at a time")
+    args = parser.parse_args(arguments)
+    if not Path(args.source).is_dir():
+        fail(f"{args.source} is not a folder.")
+    if args.side < 16 or args.every < 1 or args.workers < 1:
+        fail("--side must be at least 16, --every and --workers at least 1.")
+    if args.every > 1 and not args.target:
+        fail("--every wants a folder to pack into: python data.py SRC DST --every 4.")
+    if args.stride < 1 or args.stride % args.every:
+        fail(f"--stride {args.stride} must be a multiple of --every {args.every}, 4 and 2 for example.")
+    broken, places = {}, [(args.source, args.stride)]
+    if args.target:
+        try:
+            how = {"side": args.side, "every": args.every, "workers": args.workers}
+            broken = pack(args.source, args.target, **how)
+        except (ValueError, OSError) as error:
+            fail(reason(error))
+        except KeyboardInterrupt:
+            print("\nStopped. The same command goes on from here.", file=sys.stderr)
+            sys.exit(130)
+        places.append((args.target, args.stride // args.every))
+    names = [path for path, _ in walk(Path(places[-1][0]))[0]]
+    if not args.target:
+        counts = {name: count_or_reason(Path(args.source) / name) for name in tqdm(names, "look at videos")}
+        broken = {name: count for name, count in counts.items() if isinstance(count, str)}
+    names = [name for name in names if name not in broken and (Path(args.source) / name).exists()]
+    for name, why in broken.items():
+        print(f"broken: {name} ({why})")
+    if not names:
+        fail(f"No videos in {args.source} can be read (looked for {EXTENSIONS.replace('|', ' ')}).")
+    for (folder, stride), ms in zip(places, time_reading(places, names, pixels=args.side)):
+        size = sum((Path(folder) / name).stat().st_size for name in names) / 1e6
+        print(
+            f"{folder}: {len(names)} videos, {size:.1f} MB, {ms:.2f} ms to read a clip at --stride {stride}"
+        )
+    print(
+        f"{len(broken)} broken" + (f"; train with --data {args.target} --stride {stride}" * bool(args.target))
+    )
+
+
+if __name__ == "__main__":
+    main()

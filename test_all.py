@@ -3,7 +3,6 @@
 In the order of the files: model.py, blockwise.py, data.py, train.py, probe.py, analyze.py, README.md.
 """
 
-import contextlib
 import itertools
 import json
 import os
@@ -13,8 +12,7 @@ import struct
 import subprocess
 import sys
 import time
-import weakref
-from dataclasses import fields
+from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from av.video.reformatter import VideoReformatter
 
 import analyze
 import blockwise
@@ -43,6 +42,7 @@ from model import (
     tube_mask,
     unpatchify,
 )
+from train import saved_bytes
 
 torch.set_num_threads(1)  # the models below are so small that more threads only wait for each other
 
@@ -244,17 +244,6 @@ def test_where_e2e_is_read_does_not_change_it_by_a_bit():
         assert all(torch.equal(a, b) for a, b in zip(ends[0], other, strict=True))
 
 
-def gradients_of_sum(model, video, visible, masked, detach):
-    """Gradients of the plain formulation: one graph, all losses summed, one backward."""
-    h, total = take(patchify(video, model.tubelet), visible), 0.0
-    target = normalized_targets(take(patchify(video, model.tubelet), masked))[0]
-    for name, block in model.blocks.items():
-        h = block(h.detach() if detach else h, visible)
-        if name in model.decoders:
-            total = total + F.mse_loss(model.decoders[name](h, visible, masked), target)
-    return torch.autograd.grad(total, list(model.parameters()))
-
-
 def gradients_at_step(optimizers):
     """{parameter: gradient} that fills as the optimizers step."""
     found = {}
@@ -267,43 +256,45 @@ def gradients_at_step(optimizers):
     return found
 
 
+@pytest.mark.parametrize("slices", [1, 3, 9])
 @pytest.mark.parametrize("regime", ["simultaneous", "e2e", "deep-supervision"])
-def test_gradients_equal_those_of_the_sum_of_losses(regime):
+def test_gradients_equal_those_of_the_sum_of_losses(regime, slices):
     model = toy(regime, blocks=4)
     batch = (clips(), *masks(model))
-    expected = gradients_of_sum(model, *batch, detach=regime == "simultaneous")
+    expected = torch.autograd.grad(train.summed_loss(model, *batch), list(model.parameters()))
     found = gradients_at_step(optimizers := make_optimizers(model))
     parameters = list(model.parameters())
-    train_step(model, optimizers, *batch)
+    train_step(model, optimizers, *batch, slices=slices)
     for p, gradient in zip(parameters, expected, strict=True):
-        torch.testing.assert_close(found[p], gradient, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(found[p], gradient, rtol=1e-5, atol=1e-7)
 
 
 def test_the_loss_of_a_block_gives_no_gradient_to_any_other_block():
     model = toy(blocks=4)
-    video, (visible, masked) = clips(), masks(model)
-    target = normalized_targets(take(patchify(video, model.tubelet), masked))[0]
-    h = take(patchify(video, model.tubelet), visible)
-    for [name] in model.groups:
-        h, losses = model.forward_group([name], h.detach(), visible, masked, target)
-        losses[name].backward()
-        touched = {n for n, p in model.named_parameters() if p.grad is not None}
-        assert touched and all(n.split(".")[1] == name for n in touched)
-        model.zero_grad(set_to_none=True)
+    optimizers, touched = make_optimizers(model), []
+
+    def look(*_):
+        touched.append({n.split(".")[1] for n, p in model.named_parameters() if p.grad is not None})
+
+    for optimizer in optimizers:
+        optimizer.register_step_pre_hook(look)
+    train_step(model, optimizers, clips(), *masks(model))
+    assert touched == [{"block1"}, {"block2"}, {"block3"}, {"block4"}]
 
 
 @pytest.mark.parametrize("clip", [None, 0.01])
-def test_scaling_the_loss_of_block_2_leaves_the_other_blocks_bit_equal(clip):
-    ends = []
+def test_scaling_the_loss_of_block_2_leaves_the_other_blocks_bit_equal(clip, monkeypatch):
+    ends, plain = [], blockwise.local_loss
     for factor in (1.0, 100.0):
         model = toy(blocks=4)
-        plain = model.forward_group
 
-        def scaled(group, *rest, plain=plain, factor=factor):
-            h, losses = plain(group, *rest)
-            return h, {name: loss * (factor if name == "block2" else 1.0) for name, loss in losses.items()}
+        def scaled(decoder, *rest, model=model, factor=factor, **how):
+            loss, gradient = plain(decoder, *rest, **how)
+            if decoder is model.decoders["block2"]:
+                return loss, factor * gradient
+            return loss, gradient
 
-        model.forward_group = scaled
+        monkeypatch.setattr(blockwise, "local_loss", scaled)
         # One step: from the second on, blocks 3 and 4 read another block 2.
         train_step(model, make_optimizers(model, lr=1e-2), clips(), *masks(model), clip=clip)
         ends.append(weights(model))
@@ -336,44 +327,34 @@ def test_block_1_learns_the_same_in_simultaneous_and_sequential():
     assert not differing(*(weights(model.decoders["block1"]) for model in ends))
 
 
-@contextlib.contextmanager
-def saved_bytes():
-    """Counts the bytes that autograd keeps for backward, weights aside. Yields {"now": n, "peak": n}."""
-    count = {"now": 0, "peak": 0}
-
-    class Kept:
-        pass
-
-    def release(size):
-        count["now"] -= size
-
-    def pack(tensor):
-        kept = Kept()
-        kept.tensor = tensor
-        if not isinstance(tensor, torch.nn.Parameter) and not (
-            tensor._base is not None and tensor._base.is_leaf and tensor._base.requires_grad
-        ):
-            size = tensor.numel() * tensor.element_size()
-            count["now"] += size
-            count["peak"] = max(count["peak"], count["now"])
-            weakref.finalize(kept, release, size)
-        return kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        yield count
+@pytest.mark.parametrize("blocks,of_summed,of_e2e", [(4, 0.25, 0.2), (12, 0.08, 0.15)])
+def test_a_simultaneous_step_keeps_the_activations_of_one_block_and_one_slice(blocks, of_summed, of_e2e):
+    batch, saved = None, {}
+    for regime in ("e2e", "simultaneous"):
+        model = Blockwise(**SIZES["nano"], blocks=blocks, regime=regime)
+        batch = batch or (clips(16, model.video), *masks(model, 16, ratio=0.9))
+        with saved_bytes(model) as saved[f"{regime}, one graph"]:
+            train.summed_loss(model, *batch).backward()
+        with saved_bytes(model) as saved[regime]:
+            train_step(model, make_optimizers(model), *batch, slices=8)
+    assert all(count["now"] == 0 < count["peak"] for count in saved.values())
+    peak = {name: count["peak"] for name, count in saved.items()}
+    assert peak["simultaneous"] <= of_summed * peak["simultaneous, one graph"]
+    assert peak["simultaneous"] <= of_e2e * peak["e2e, one graph"]
+    assert peak["e2e"] <= 0.5 * peak["e2e, one graph"]
 
 
-@pytest.mark.parametrize("blocks", [2, 4])
-def test_memory_of_a_simultaneous_step_is_that_of_one_block(blocks):
-    model = toy(blocks=blocks)
-    batch = (clips(8), *masks(model, 8))
-    optimizers = make_optimizers(model)
-    with saved_bytes() as stepwise:
-        train_step(model, optimizers, *batch)
-    with saved_bytes() as summed:
-        gradients_of_sum(model, *batch, detach=True)
-    assert stepwise["now"] == summed["now"] == 0
-    assert 0 < stepwise["peak"] <= 1.5 / blocks * summed["peak"]
+def test_saved_bytes_counts_each_buffer_once_and_no_weights():
+    linear = torch.nn.Linear(8, 8)
+    x = torch.randn(4, 8)
+    with saved_bytes(linear) as count:
+        y = linear(x).exp()  # keeps x and its result
+        z = linear(x[:2]) * linear(x[2:])  # keeps x again, and both factors
+        assert count["now"] == count["peak"] == 4 * (4 * 8 + 4 * 8 + 2 * 2 * 8)
+        del y
+        assert count["now"] == 4 * (4 * 8 + 2 * 2 * 8)
+        z.sum().backward()
+        assert count["now"] == 0
 
 
 def test_frozen_blocks_run_without_a_graph():
@@ -381,7 +362,7 @@ def test_frozen_blocks_run_without_a_graph():
     batch = (clips(8), *masks(model, 8))
     peaks = []
     for stage in range(4):
-        with saved_bytes() as kept:
+        with saved_bytes(model) as kept:
             train_step(model, make_optimizers(model, stage=stage), *batch)
         peaks.append(kept["peak"])
     assert max(peaks[1:3]) <= min(peaks[1:3]) * 1.01  # however many frozen blocks come before
@@ -560,6 +541,87 @@ def test_a_clip_holds_every_stride_th_frame_from_its_start(tmp_path, name):
         if name != "a.ts":  # MPEG-TS has no index: seeking may land late
             assert abs(first - start * (40 - 12)) <= 1.5
     assert frame_numbers(read_clip(path, video=(16, 32, 32), stride=2, start=1.0))[0] <= 8
+
+
+@pytest.mark.skipif("libx264" not in av.codecs_available, reason="this FFmpeg cannot write H.264")
+def test_frames_that_are_left_undecoded_change_nothing(tmp_path, monkeypatch):
+    options, wave = {"bf": "3", "g": "250", "b_strategy": "0"}, np.sin(np.arange(64) / 9)
+    images = [np.outer(wave, np.roll(wave, n))[..., None].repeat(3, 2) * 60 + 100 + n for n in range(60)]
+    images = np.stack(images).astype(np.uint8)
+    data.write_video(tmp_path / "b.mp4", images, rate=25, codec="libx264", options=options)
+    with data.open_video(tmp_path / "b.mp4") as (container, stream):
+        every = [
+            data.upright_crop(f, VideoReformatter(), 32, 32, (0.5, 0.5)) for f in container.decode(stream)
+        ]
+    quick, plain = data.decode_needed, data.decode
+    used = []
+
+    def noted(*arguments, **how):
+        used.append(len(found := quick(*arguments, **how)) > 0)
+        return found
+
+    for stride, start in itertools.product((1, 2, 4, 5), (0.0, 0.31, 0.77, 1.0)):
+        how = {"video": (8, 32, 32), "stride": stride, "start": start}
+        monkeypatch.setattr(data, "decode_needed", noted)
+        clip = read_clip(tmp_path / "b.mp4", **how)
+        monkeypatch.setattr(data, "decode_needed", plain)
+        assert np.array_equal(clip, read_clip(tmp_path / "b.mp4", **how))
+        first = next(i for i, frame in enumerate(every) if np.array_equal(frame, clip[0]))
+        assert np.array_equal(clip, np.stack(every[first::stride][:8]))
+    assert sum(used) >= 12
+
+
+def test_a_packed_folder_has_the_same_names_and_frames(tmp_path, capsys):
+    source, target, fourth = (tmp_path / name for name in ("source", "packed", "fourth"))
+    (source / "a b").mkdir(parents=True)
+    for name in ("a b/ü.mp4", "c.avi", "c.mkv"):
+        write_numbered(source / name, size=(96, 64))
+    (source / "bad.mp4").write_bytes(b"no video")
+    arguments = [str(source), str(target), "--side", "32", "--workers", "2"]
+    data.main(arguments)
+    assert "broken: bad.mp4" in capsys.readouterr().out
+    assert sorted(p.relative_to(target).as_posix() for p in target.rglob("*.*")) == [
+        "a b/ü.mp4",
+        "c.avi",
+        "c.mkv",
+        "pack.json",
+    ]
+    with data.open_video(target / "c.avi") as (container, stream):
+        assert (stream.width, stream.height, stream.frames) == (48, 32, 40)
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        keys = [number for number, packet in enumerate(packets) if packet.is_keyframe]
+        assert np.diff([*keys, 40]).max() <= 8 and not stream.codec_context.has_b_frames
+    data.main([str(source), str(fourth), "--side", "32", "--every", "4"])
+    expected = frame_numbers(read_clip(source / "c.avi", video=(8, 32, 32), stride=4, start=0.0))
+    for folder, stride in ((target, 4), (fourth, 1)):  # to one frame: the copy's grey levels are a little off
+        numbers = frame_numbers(read_clip(folder / "c.avi", video=(8, 32, 32), stride=stride, start=0.0))
+        assert np.abs(np.subtract(numbers, expected)).max() <= 1
+
+    before = (target / "c.avi").stat().st_mtime_ns
+    (target / "c.mkv").unlink()  # as if the run had been stopped before it
+    data.main(arguments)
+    assert (target / "c.mkv").exists() and (target / "c.avi").stat().st_mtime_ns == before
+
+
+def test_packing_refuses_to_mix_folders(tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    write_numbered(source / "a.mp4")
+    data.main([str(source), str(tmp_path / "packed")])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    for arguments, sentence in [
+        ([source, source / "packed"], "packed twice"),
+        ([source, tmp_path / "packed", "--side", "64"], "other settings"),
+        ([source, tmp_path / "full"], "was not packed by this program"),
+        ([tmp_path / "none"], "is not a folder"),
+        ([source, tmp_path / "new", "--every", "3"], "must be a multiple of --every 3"),
+    ]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            data.main([*map(str, arguments)])
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and sentence in error and len(error.splitlines()) == 1
 
 
 def test_a_file_without_duration_is_read_from_a_random_place_too(tmp_path):
@@ -924,6 +986,8 @@ def test_every_setting_is_a_flag_and_every_flag_a_setting(capsys):
         ("--lr nan", "--lr nan must be"),
         ("--batch 0", "--batch 0 must be at least 1"),
         ("--steps 3 --epochs 2", "give one of them"),
+        ("--decode-ratio 0", "--decode-ratio 0.0 must be more than 0 and at most 1"),
+        ("--benchmark --blocks 5", "choose --blocks from 1, 2, 3, 4, 6, 12"),
         ("--accumulate 99", "more parts than the batch has clips"),
         ("--device warp", "try --device cpu"),
         ("--data nowhere", "nowhere is not a folder"),
@@ -939,6 +1003,32 @@ def test_wrong_settings_get_one_sentence_with_the_fix(arguments, sentence, tmp_p
     printed = capsys.readouterr().err
     assert sentence in printed and len(printed.splitlines()) == 1
     assert not os.listdir(tmp_path)
+
+
+def test_decode_ratio_takes_a_random_part_of_the_masked_tokens():
+    config = train.parse(["--decode-ratio", "0.5", "--batch", "8", "--device", "cpu"])[0]
+    model = Blockwise(**SIZES["nano"], blocks=4)
+    visible, some = train.masks_of_step(config, model, 3)
+    same, every = train.masks_of_step(replace(config, decode_ratio=1.0), model, 3)
+    assert torch.equal(visible, same) and some.shape == (8, 57) and every.shape == (8, 114)
+    assert all(set(a.tolist()) < set(b.tolist()) for a, b in zip(some, every))
+    assert (some.diff(dim=1) > 0).all() and not torch.equal(some, train.masks_of_step(config, model, 4)[1])
+
+
+def test_benchmark_measures_and_trains_nothing(tmp_path, capsys):
+    small = "--benchmark --pixels 16 --batch 4 --steps 2 --regime simultaneous --device cpu"
+    assert run(*small.split(), "--out", str(tmp_path)) == 0
+    found = json.loads((tmp_path / "benchmark.json").read_text())
+    assert os.listdir(tmp_path) == ["benchmark.json"] and list(found["steps"]) == [
+        "e2e, decoder at once",
+        "simultaneous",
+    ]
+    row = found["steps"]["simultaneous"]
+    assert 0 < row["saved_mb"] < found["steps"]["e2e, decoder at once"]["saved_mb"]
+    assert row["clips_per_s"] == pytest.approx(4 / row["step_ms"] * 1e3) and row["flops"] > 0
+    by_blocks = {int(k): v["block by block"] for k, v in found["saved_mb_by_blocks"].items()}
+    assert list(by_blocks) == [1, 2, 3, 4, 6, 12] and by_blocks[12] < by_blocks[1]
+    assert row["saved_mb"] == pytest.approx(by_blocks[4]) and "simultaneous" in capsys.readouterr().out
 
 
 def test_nothing_is_overwritten(tmp_path, capsys):

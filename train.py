@@ -10,21 +10,31 @@ A run writes into its folder: config.json, log.jsonl, recon_*.png, recon.mp4 and
 """
 
 import argparse
+import contextlib
+import functools
+import itertools
 import json
 import math
+import multiprocessing
 import shlex
 import signal
 import sys
 import time
 import types
 import typing
-from dataclasses import asdict, dataclass, field, fields
+import weakref
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.compiler import set_stance
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from blockwise import REGIMES, Blockwise, count_parameters, load, make_optimizers, save, train_step
@@ -63,6 +73,9 @@ class Config:
         None, "frames, rows, columns of one token (paper: 8 16 16; nano: 8 8 8)"
     )
     mask: float = option(0.9, "share of the tubes that is masked", 0, 1)
+    decode_ratio: float = option(
+        1.0, "share of the masked tokens that the decoders see and predict, drawn at random (paper: 1)"
+    )
 
     data: str | None = option(None, "folder of videos; without it, clips are generated")
     list: str | None = option(None, "file of lines `path [label]`, relative to --data: use these videos only")
@@ -79,6 +92,11 @@ class Config:
     )
     batch: int | None = option(None, "clips in one optimizer step (tiny, small: 128; nano: 16)", 1)
     accumulate: int = option(1, "parts that a batch is computed in, to save memory", 1)
+    decoder_slices: int | None = option(
+        None,
+        "parts of the batch that a decoder runs in, to save memory (default: 2 clips each; on a GPU 1 part)",
+        1,
+    )
     lr: float | None = option(None, "highest learning rate (paper: 1e-4; nano: 1e-3)", 0)
     min_lr: float = option(1e-6, "learning rate at the end of the cosine", 0)
     warmup: float = option(0.1, "share of the steps with rising learning rate", 0, 1)
@@ -99,6 +117,10 @@ class Config:
     out: str | None = option(None, "folder of the run (default: runs/NAME, named after the settings)")
     resume: bool = option(
         False, "go on with the run in --out, from its last checkpoint and with its settings"
+    )
+    benchmark: bool = option(
+        False,
+        "train nothing: time and memory of a step, of --regime or of all; written to --out/benchmark.json",
     )
 
 
@@ -151,6 +173,8 @@ def parse(arguments=None):
     for name in ("lr", "mask", "epochs"):
         if given.get(name) == 0:
             raise ValueError(f"--{name} must be more than 0.")
+    if not 0 < given.get("decode_ratio", 1) <= 1:
+        raise ValueError(f"--decode-ratio {given['decode_ratio']} must be more than 0 and at most 1.")
     if {"steps", "epochs"} <= set(given):
         raise ValueError("--steps and --epochs both say how long to train; give one of them.")
     if "list" in given and "data" not in given:
@@ -190,6 +214,10 @@ def complete(config):
     if config.accumulate > config.batch:
         raise ValueError(
             f"--accumulate {config.accumulate} is more parts than the batch has clips, {config.batch}."
+        )
+    if config.decoder_slices is None:  # two clips keep the buffers small, which makes a CPU faster too
+        config.decoder_slices = (
+            math.ceil(config.batch / config.accumulate / 2) if config.device == "cpu" else 1
         )
     return f"{config.device} ({why}), {config.dtype}"
 
@@ -239,9 +267,8 @@ def model_arguments(config):
     return size | ({"decoder_depth": config.decoder_depth} if config.decoder_depth else {})
 
 
-def set_up(arguments):
+def set_up(config, given):
     """All that comes before training. ValueError, one sentence with the fix, for what the user can mend."""
-    config, given = parse(arguments)
     config.out = config.out or default_folder(config)
     out, model, checkpoint = Path(config.out), None, None
     if config.resume:
@@ -305,7 +332,8 @@ def estimate(config, model, total):
     optimizers = make_optimizers(model, lr=0.0, weight_decay=0.0)
     for _ in range(2):  # the second one counts
         start = time.perf_counter()
-        train_step(model, optimizers, video, visible, masked, dtype=autocast_dtype(config))
+        how = {"dtype": autocast_dtype(config), "slices": math.ceil(count / 2)}
+        train_step(model, optimizers, video, visible, masked, **how)
     return (time.perf_counter() - start) * config.batch / count * total
 
 
@@ -399,6 +427,12 @@ def draw(model, clips, path, blocks):
 # ---- training ----
 
 
+def compile_parts(model):
+    """torch.compile every block and decoder, in place."""
+    for part in [*model.blocks.values(), *model.decoders.values()]:
+        part.compile()
+
+
 def learning_rate(config, step, steps):
     """Linear warm-up, then cosine (Sec. 3.4)."""
     # Paper does not say: length of the warm-up and final rate. Both are ours.
@@ -412,7 +446,13 @@ def learning_rate(config, step, steps):
 def masks_of_step(config, model, step):
     """The tube masks of one step's batch, a pure function of (seed, step): indices (B, V) and (B, M)."""
     seed = int(np.random.SeedSequence((config.seed, 2, step)).generate_state(1)[0])
-    visible, masked = tube_mask(config.batch, model.grid, config.mask, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    visible, masked = tube_mask(config.batch, model.grid, config.mask, generator)
+    if config.decode_ratio < 1:
+        # Differs from paper: VideoMAE V2's saving (arXiv 2303.16727); decoders see and predict only these.
+        count = max(1, round(config.decode_ratio * masked.shape[1]))
+        some = torch.rand(masked.shape, generator=generator).argsort(dim=1)[:, :count]
+        masked = masked.gather(1, some.sort(dim=1).values)
     return visible.to(config.device), masked.to(config.device)
 
 
@@ -441,9 +481,10 @@ def step_in_parts(config, model, optimizers, video, visible, masked):
     """train_step() on a batch computed in --accumulate parts. Returns its losses and gradient norms."""
     losses, count = {}, config.accumulate
     for part, tensors in enumerate(zip(*(x.tensor_split(count) for x in (video, visible, masked))), start=1):
-        how = {"dtype": autocast_dtype(config), "clip": config.clip, "complete": part == count}
+        how = {"dtype": autocast_dtype(config), "clip": config.clip, "slices": config.decoder_slices}
         share = len(tensors[0]) / len(video)
-        of_part, norms = train_step(model, optimizers, *tensors, share=share, **how)
+        last = part == count
+        of_part, norms = train_step(model, optimizers, *tensors, share=share, complete=last, **how)
         losses = {name: losses.get(name, 0.0) + share * loss for name, loss in of_part.items()}
     return losses, norms
 
@@ -501,8 +542,7 @@ def train(config, model, source, checkpoint, where):
     if done % steps:
         load_optimizers(optimizers, checkpoint["optimizers"])
     if config.compile:
-        for part in [*model.blocks.values(), *model.decoders.values()]:
-            part.compile()
+        compile_parts(model)
     clips, saved = fixed_clips(config, model, source), time.monotonic()
     start_folder(config, model, source, checkpoint)
     feed = {"batch": config.batch, "seed": config.seed, "workers": config.workers}
@@ -552,10 +592,164 @@ def train(config, model, source, checkpoint, where):
     return signals
 
 
+# ---- benchmark ----
+
+
+@contextlib.contextmanager
+def saved_bytes(model):
+    """Count the bytes that autograd keeps for backward, weights aside. Yields {"now": n, "peak": n}."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    count, holders = {"now": 0, "peak": 0}, Counter()
+
+    class Kept:
+        pass
+
+    def release(place, size):
+        holders[place] -= 1
+        count["now"] -= 0 if holders[place] else size
+
+    def pack(tensor):
+        kept, storage = Kept(), tensor.untyped_storage()
+        kept.tensor, place, size = tensor.detach(), storage.data_ptr(), storage.nbytes()
+        if place not in weights:
+            count["now"] += 0 if holders[place] else size
+            holders[place] += 1
+            count["peak"] = max(count["peak"], count["now"])
+            weakref.finalize(kept, release, place, size)
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        yield count
+
+
+def summed_loss(model, video, visible, masked, dtype=None):
+    """The sum of all local losses in one graph: the obvious way, whose memory train_step() is compared with."""
+    patches, total = patchify(video, model.tubelet), 0.0  # (B, N, P)
+    h, target = take(patches, visible), normalized_targets(take(patches, masked))[0]  # (B, V, P), (B, M, P)
+    with torch.autocast(video.device.type, dtype, enabled=dtype is not None):
+        for name, block in model.blocks.items():
+            isolated = REGIMES[model.config["regime"]].stop_gradient
+            h = block(h.detach() if isolated else h, visible)  # (B, V, D)
+            if name in model.decoders:
+                total = total + F.mse_loss(model.decoders[name](h, visible, masked).float(), target)
+    return total
+
+
+@functools.cache
+def prepared(settings):
+    """For a process of its own: (model, a training step of the settings as a function, memory before)."""
+    config, before = Config(**dict(settings)), peak_memory()
+    complete(config)
+    torch.manual_seed(0)
+    model = Blockwise(**model_arguments(config)).to(config.device).train()
+    optimizers = make_optimizers(model, stage=model.stages - 1)  # sequential: its last stage, the dearest
+    shape = (config.batch, *model.video, 3)
+    video = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = (video.to(config.device), *masks_of_step(config, model, 0))
+
+    def step():
+        step_in_parts(config, model, optimizers, *batch)
+        if config.device != "cpu":
+            getattr(torch, config.device.partition(":")[0]).synchronize()
+
+    if config.compile:
+        compile_parts(model)
+    return model, step, 0.0 if config.device.startswith("cuda") else before
+
+
+def time_step(settings):
+    """Seconds of one step."""
+    _, step, _ = prepared(settings)
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def costs(settings):
+    """What a step costs apart from time: FLOPs, bytes of saved activations, megabytes of memory."""
+    model, step, before = prepared(settings)
+    memory = peak_memory() - before
+    # Fused attention and compiled code would hide FLOPs from the counter.
+    with sdpa_kernel(SDPBackend.MATH), set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        step()
+    with saved_bytes(model) as saved:
+        step()
+    return {"flops": counter.get_total_flops(), "saved_mb": saved["peak"] / 2**20, "memory_mb": memory}
+
+
+def benchmark(config, regimes):
+    """Print time and memory of a step of some regimes, and saved activations by K; write both as JSON.
+
+    Every case has a process of its own, for its peak memory; steps alternate, so that all see the same machine.
+    """
+    rounds = config.steps or 15  # before the recipe fills in a training run's
+    where = complete(config)
+    tube_mask(1, Blockwise(**model_arguments(config)).grid, config.mask)  # raises if sizes do not fit
+    print(f"{config.size}, K = {config.blocks}, batch {config.batch}, {where}")
+    cases = {regime: replace(config, regime=regime) for regime in regimes}
+    if config.decoder_slices > 1:
+        cases = {"e2e, decoder at once": replace(cases[regimes[0]], regime="e2e", decoder_slices=1)} | cases
+    cases = {name: tuple(asdict(case).items()) for name, case in cases.items()}
+    found = {}
+    with contextlib.ExitStack() as stack:
+        new = functools.partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"))
+        processes = {name: stack.enter_context(new()) for name in cases}
+        seconds = {name: [] for name in cases}
+        for _, name in tqdm(list(itertools.product(range(2 + rounds), cases)), "steps", leave=False):
+            seconds[name].append(processes[name].submit(time_step, cases[name]).result())
+        for name, settings in cases.items():
+            median = float(np.median(seconds[name][2:]))  # two to warm up
+            found[name] = {"step_ms": 1e3 * median, "clips_per_s": config.batch / median}
+            found[name] |= processes[name].submit(costs, settings).result()
+            found[name]["gflops_per_s"] = found[name]["flops"] / median / 1e9
+    print(f"{'':22}{'ms/step':>9}{'clips/s':>9}{'GFLOP':>9}{'GFLOP/s':>9}{'saved MB':>10}{'memory MB':>11}")
+    for name, row in found.items():
+        print(
+            f"{name:22}{row['step_ms']:9.0f}{row['clips_per_s']:9.1f}{row['flops'] / 1e9:9.1f}"
+            f"{row['gflops_per_s']:9.0f}{row['saved_mb']:10.1f}{row['memory_mb']:11.0f}"
+        )
+    by_blocks = saved_by_blocks(config)
+    print("\nsaved MB by K" + "".join(f"{blocks:>9}" for blocks in by_blocks))
+    for name in next(iter(by_blocks.values())):
+        print(f"{name:13}" + "".join(f"{row[name]:9.1f}" for row in by_blocks.values()))
+    out = Path(config.out or f"runs/benchmark-{config.size}-{config.blocks}")
+    out.mkdir(parents=True, exist_ok=True)
+    found = {
+        "settings": asdict(config),
+        "torch": torch.__version__,
+        "steps": found,
+        "saved_mb_by_blocks": by_blocks,
+    }
+    (out / "benchmark.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def saved_by_blocks(config):
+    """Peak megabytes of saved activations of a simultaneous step and of the summed way: {K: {name: float}}."""
+    depth, found = 12, {}
+    for blocks in tqdm([k for k in range(1, depth + 1) if depth % k == 0], "memory by K", leave=False):
+        case = replace(config, blocks=blocks, regime="simultaneous", accumulate=1, compile=False)
+        model = Blockwise(**model_arguments(case)).to(case.device).train()
+        video = torch.zeros(case.batch, *model.video, 3, dtype=torch.uint8, device=case.device)
+        batch = (video, *masks_of_step(case, model, 0))
+        few = min(4, case.batch)  # what the summed way saves grows with the clips
+        with saved_bytes(model) as summed:
+            summed_loss(model, *(x[:few] for x in batch), autocast_dtype(case))
+        with saved_bytes(model) as stepwise:
+            step_in_parts(case, model, make_optimizers(model), *batch)
+        found[blocks] = {
+            "summed": summed["peak"] / 2**20 * case.batch / few,
+            "block by block": stepwise["peak"] / 2**20,
+        }
+    return found
+
+
 def main(arguments=None):
     """Train as the command line says."""
     try:
-        run = set_up(arguments)
+        config, given = parse(arguments)
+        if config.benchmark:
+            return benchmark(config, [config.regime] if "regime" in given else list(REGIMES))
+        run = set_up(config, given)
     except ValueError as error:
         fail(error)
     config = run[0]
