@@ -55,7 +55,7 @@ def logistic_probe(train_x, train_y, test_x, *, C=1.0, classes=None):
     x, z = (F.pad(a @ (vectors * scale), (0, 1), value=one) for a in (x, z))
     penalty = F.pad(scale.square() / C, (0, 1)).unsqueeze(1)
     V = torch.zeros(x.shape[1], classes)
-    for dtype, tolerance in ((torch.float32, 1e-7), (torch.float64, 1e-8)):  # derivative per clip
+    for dtype, tolerance in ((torch.float32, 1e-7), (torch.float64, 3e-9)):  # derivative per clip
         V = minimise(V.to(dtype), x.to(dtype), train_y, penalty.to(dtype), tolerance * len(x))
     return (z @ V).softmax(dim=1)
 

@@ -1097,7 +1097,7 @@ def test_probe_is_at_the_optimum_of_its_objective():
     W = z.T @ (F.one_hot(y).double() - probabilities)
     logits = z @ W
     expected = (logits - logits[:, :1]) - (probabilities.log() - probabilities.log()[:, :1])
-    assert (expected - expected.mean(0)).abs().max() < 1e-3
+    assert (expected - expected.mean(0)).abs().max() < 1e-4
     assert (F.one_hot(y).double() - probabilities).sum(0).abs().max() < 1e-4  # intercept is free
 
 
