@@ -55,32 +55,33 @@ def logistic_probe(train_x, train_y, test_x, *, C=1.0, classes=None):
     x, z = (F.pad(a @ (vectors * scale), (0, 1), value=one) for a in (x, z))
     penalty = F.pad(scale.square() / C, (0, 1)).unsqueeze(1)
     V = torch.zeros(x.shape[1], classes)
-    for dtype, tolerance in ((torch.float32, 1e-7), (torch.float64, 3e-9)):  # derivative per clip
-        V = minimise(V.to(dtype), x.to(dtype), train_y, penalty.to(dtype), tolerance * len(x))
+    for dtype, tolerance in ((torch.float32, 1e-7), (torch.float64, 3e-9)):
+        V = minimise(V.to(dtype), x.to(dtype), train_y, penalty.to(dtype), tolerance)
     return (z @ V).softmax(dim=1)
 
 
-@torch.no_grad()
 def minimise(V, x, y, penalty, tolerance):
     """The V (D, classes) that minimises the log-losses of x (n, D) @ V and sum of penalty (D, 1) * V^2 / 2.
 
-    From the given V until no derivative exceeds tolerance. The gradient is written out: X'(P - Y) + penalty V.
+    From the given V until no derivative, per clip, exceeds tolerance. The gradient is written out:
+    X'(P - Y) + penalty V.
     """
-    options = {"max_iter": 2000, "max_eval": 4000, "tolerance_grad": tolerance, "tolerance_change": 0.0}
-    optimizer = torch.optim.LBFGS([V.requires_grad_()], line_search_fn="strong_wolfe", **options)
+    unit = 1e6 / len(x)  # the loss is counted in millionths per clip: L-BFGS ignores curvature below 1e-10
+    options = {"max_iter": 2000, "max_eval": 4000, "tolerance_grad": 1e6 * tolerance, "tolerance_change": 0.0}
+    optimizer = torch.optim.LBFGS([V], line_search_fn="strong_wolfe", **options)
     clips = torch.arange(len(x))
 
-    @torch.no_grad()
     def objective():
         logs = (x @ V).log_softmax(dim=1)  # (n, classes)
         loss = (penalty * V.square()).sum() / 2 - logs[clips, y].sum(dtype=torch.float64)
         error = logs.exp_()
         error[clips, y] -= 1
-        V.grad = x.T @ error + penalty * V
-        return loss
+        V.grad = unit * (x.T @ error + penalty * V)
+        return unit * loss
 
-    optimizer.step(objective)
-    return V.detach()
+    with torch.no_grad():
+        optimizer.step(objective)
+    return V
 
 
 def accuracies(predicted, true):
