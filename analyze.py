@@ -160,13 +160,13 @@ def reconstruction_losses(model, videos, *, ratio=0.9, seed=0):
 
 # ---- which layers matter: Gardener, arXiv 2602.03918 ----
 
-# Where a state_dict keeps the four matrices of an encoder layer; {} is its number (here: block and layer).
-WEIGHTS = (
-    r"blocks\.block{}\.layers\.{}\.(qkv|proj|fc1|fc2)\.weight",  # this project
-    r"(encoder\.)?blocks\.{}\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.weight",  # VideoMAE, timm
-    r"(videomae\.)?encoder\.layer\.{}\.(attention\.attention\.(query|key|value)|"  # Hugging Face
-    r"(attention\.output|intermediate|output)\.dense)\.weight",
-)
+# Where a state_dict keeps the four matrices of an encoder layer, as regular expressions; {} is a number.
+WEIGHTS = {
+    "this project": r"blocks\.block{}\.layers\.{}\.(qkv|proj|fc1|fc2)\.weight",  # block and layer
+    "VideoMAE, timm": r"(encoder\.)?blocks\.{}\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.weight",
+    "Hugging Face": r"(videomae\.)?encoder\.layer\.{}\.(attention\.attention\.(query|key|value)"
+    r"|(attention\.output|intermediate|output)\.dense)\.weight",
+}
 
 
 def layer_entropy(weights):
@@ -189,11 +189,13 @@ def layer_weights(state, pattern=None):
     """
     if pattern and "{}" not in pattern:
         raise ValueError(f"--pattern {pattern} lacks {{}}, which stands for the number of the layer.")
-    for one in [pattern] if pattern else WEIGHTS:
-        found = defaultdict(list)
+    for one in [pattern] if pattern else WEIGHTS.values():
+        try:
+            numbered, found = re.compile(one.replace("{}", r"(\d+)")), defaultdict(list)
+        except re.error as error:
+            raise ValueError(f"--pattern {pattern} is not a regular expression: {error}.") from None
         for key, value in state.items():
-            match = re.fullmatch(one.replace("{}", r"(\d+)"), key)
-            if match:
+            if match := numbered.fullmatch(key):
                 numbers = tuple(int(part) for part in match.groups() if part and part.isdigit())
                 found[numbers].append(value)
         if found:
@@ -219,8 +221,8 @@ def read_state(path):
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is not a checkpoint that torch.load() reads safely: {why}") from None
-    while isinstance(state, dict) and (inner := {"model", "module", "state_dict"} & state.keys()):
-        state = state[inner.pop()]
+    for name in ("model", "module", "state_dict"):
+        state = state.get(name, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state_dict: no tensors by name.")
     return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
@@ -244,37 +246,28 @@ def prune(model, layers):
 
 
 class Pruned(torch.nn.Module):
-    """Final representations of many pruned copies of one model, in one pass.
+    """Many pruned copies of one model in one pass: each different input of a layer goes through it once.
 
-    removed: a set of frozensets of layer numbers, as for prune(). Copies share what they compute up to the
-    first layer in which they differ.
+    removed: frozensets of layer numbers, as for prune().
     """
 
     def __init__(self, model, removed):
         super().__init__()
-        self.model, self.removed = model, set(removed)
+        self.model, self.removed = model, removed
 
     def encode(self, video):
-        """video (B, T, H, W, C) to {frozenset: (B, 1, D)}: mean of the tokens after the last block."""
-        blocks, found = list(self.model.blocks.values()), {}
-        layers = [layer for block in blocks for layer in block.layers]
-
-        def descend(h, number, choices):
-            if number > len(layers):
-                found.update(
-                    dict.fromkeys(choices, blocks[-1].norm(h).mean(dim=1, keepdim=True))
-                )  # (B, 1, D)
-                return
-            without = {choice for choice in choices if number in choice}
-            if choices - without:
-                descend(layers[number - 1](h), number + 1, choices - without)
-            if without:
-                descend(h, number + 1, without)
-
-        patches = patchify(video, self.model.tubelet)  # (B, N, P)
+        """video (B, T, H, W, C) to {frozenset: (B, N, D)}, the tokens after the last block of every copy."""
+        blocks, patches = list(self.model.blocks.values()), patchify(video, self.model.tubelet)  # (B, N, P)
         places = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)  # (B, N)
-        descend(blocks[0].embedding(patches, places), 1, self.removed)
-        return found
+        tokens = dict.fromkeys(self.removed, blocks[0].embedding(patches, places))  # (B, N, D)
+        for number, layer in enumerate((layer for block in blocks for layer in block.layers), start=1):
+            done = {}
+            for removed, h in tokens.items():
+                if number not in removed:
+                    if h not in done:  # the same tensor, not only an equal one
+                        done[h] = layer(h)
+                    tokens[removed] = done[h]
+        return {removed: blocks[-1].norm(h) for removed, h in tokens.items()}
 
 
 def spearman(a, b):
@@ -288,65 +281,53 @@ def spearman(a, b):
     return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else math.nan
 
 
-def importances(model, draws=5):
-    """What orders the layers without data: {ranking: [importance of layer 1..depth]}; the least goes first."""
-    weights = layer_weights(model.state_dict()).values()
-    depth, rng = len(weights), np.random.default_rng(0)
-    return {
-        "entropy": [layer_entropy(w)[0] for w in weights],
-        # Paper does not say: which magnitude. The mean |w| of the same four matrices.
-        "magnitude": [torch.cat([part.flatten() for part in w]).abs().mean().item() for w in weights],
-        "last": [-number for number in range(depth)],
-    } | {f"random {i}": rng.permutation(depth).tolist() for i in range(1, draws + 1)}
+def probe_pruned(args, model, removed):
+    """Linear probe of the last block without some layers: {frozenset: share of targets right, by test clip}."""
+    data = open_data(args, model.video)
+    features, targets, _, _, folds = collect(args, {"": Pruned(model, removed)}, data)
+    probed = tqdm(features.items(), "probes", leave=False)
+    return {choice: probe_accuracy(x, targets, folds)[3].mean(axis=0) for (_, choice), x in probed}
 
 
-def probe_pruned(args, runs, removed):
-    """Linear probe of the last block without some layers: ({(title, frozenset): accuracy}, two errors).
+def measure_pruning(args, run, draws=5):
+    """Accuracy of a run without its 1, 3, 5, ... least important layers, by every ranking: a dict for prune.json.
 
-    removed: {title: frozensets of layers}. Two standard errors over the test clips, of the surest accuracy.
+    Rankings: entropy; random, several draws; last, the last layers first; magnitude; and the oracle, which
+    removes first what costs least when it alone is removed.
     """
-    models = {run.title: Pruned(run.model, removed[run.title]) for run in runs}
-    features, targets, _, _, folds = collect(args, models, open_data(args, runs[0].model.video))
-    found, errors = {}, []
-    for key, x in tqdm(features.items(), "probes", leave=False):
-        by_target, _, _, correct = probe_accuracy(x, targets, folds)
-        found[key] = float(np.mean(by_target))
-        errors.append(2 * correct.mean(axis=0).std(ddof=1) / math.sqrt(correct.shape[1]))
-    return found, max(errors, default=0.0)
-
-
-def measure_pruning(args, runs):
-    """Accuracy of every run with 1, 3, 5, ... layers removed in every order: what prune.json holds."""
-    depth = min(run.model.config["depth"] for run in runs)
-    sizes = [0, *range(1, depth, 2)]
+    weights = layer_weights(run.model.state_dict()).values()
+    entropies, shares = zip(*(layer_entropy(w) for w in weights))
+    # Paper does not say: which magnitude. The mean |w| of the same four matrices.
+    magnitude = [torch.cat([part.flatten() for part in w]).abs().mean().item() for w in weights]
+    depth, rng = len(weights), np.random.default_rng(0)
+    rankings = {  # {name: [importance of layer 1..depth, of each draw]}
+        "entropy": [entropies],
+        "random": [rng.permutation(depth) for _ in range(draws)],
+        "last": [-np.arange(depth)],
+        "magnitude": [magnitude],
+    }
+    sizes, single = [0, *range(1, depth, 2)], [frozenset([number]) for number in range(1, depth + 1)]
 
     def choices(importance):
-        order = sorted(range(1, len(importance) + 1), key=lambda number: importance[number - 1])
-        return [frozenset(order[:size]) for size in sizes]
+        order = np.argsort(importance, kind="stable") + 1
+        return [frozenset(order[:size].tolist()) for size in sizes]
 
-    ranked = {run.title: importances(run.model) for run in runs}
-    single = {run.title: [frozenset([n + 1]) for n in range(run.model.config["depth"])] for run in runs}
-    removed = {title: {c for values in r.values() for c in choices(values)} for title, r in ranked.items()}
-    found, error = probe_pruned(args, runs, {t: removed[t] | set(single[t]) for t in removed})
-    for title in ranked:  # the oracle removes first what costs least when it alone is removed
-        ranked[title]["leave-one-out"] = [-found[title, choice] for choice in single[title]]
-    missing = {t: {c for c in choices(r["leave-one-out"]) if (t, c) not in found} for t, r in ranked.items()}
-    found |= probe_pruned(args, runs, missing)[0]
-    results = {}
-    for run in runs:
-        values = ranked[run.title]
-        entropies = [layer_entropy(w) for w in layer_weights(run.model.state_dict()).values()]
-        results[run.title] = {
-            "layers": {
-                "entropy": values["entropy"],
-                "entropy / ln N": [share for _, share in entropies],
-                "mean |w|": values["magnitude"],
-                "accuracy without": [-value for value in values["leave-one-out"]],
-            },
-            "accuracy": {n: [found[run.title, c] for c in choices(v)] for n, v in values.items()},
-            "spearman": {n: spearman(v, values["leave-one-out"]) for n, v in values.items()},
-        }
-    return {"removed": sizes, "two standard errors": error, "runs": results}
+    wanted = {choice for draw in itertools.chain(*rankings.values()) for choice in choices(draw)}
+    right = probe_pruned(args, run.model, wanted | set(single))
+    without = [right[choice].mean() for choice in single]
+    rankings["oracle"] = [np.negative(without)]
+    missing = set(choices(rankings["oracle"][0])) - right.keys()
+    right |= probe_pruned(args, run.model, missing) if missing else {}
+    full = right[frozenset()]
+    return {
+        "layers": {"entropy": entropies, "/ ln N": shares, "mean |w|": magnitude, "without it": without},
+        "removed": sizes,
+        "accuracy": {
+            name: [[right[c].mean() for c in choices(i)] for i in r] for name, r in rankings.items()
+        },
+        "spearman": {name: [spearman(i, rankings["oracle"][0]) for i in r] for name, r in rankings.items()},
+        "two standard errors": 2 * full.std(ddof=1) / math.sqrt(len(full)),
+    }
 
 
 # ---- all measurements of some runs ----
@@ -629,25 +610,19 @@ def draw_heat(axis, g, groups, colours):
     axis.set(title=f"linear CKA, {g.name}", xlabel="block", ylabel="block", xticks=ticks, yticks=ticks)
 
 
-def by_ranking(accuracy):
-    """{ranking: [values by draw]}: the random orders together, the others alone, each (draws, sizes)."""
-    rows = defaultdict(list)
-    for name, values in accuracy.items():
-        rows["random" if name.startswith("random") else name].append(values)
-    return rows
-
-
-def plot_pruning(found, folder):
+def plot_pruning(results, folder):
     """Draw accuracy against layers removed, a panel per run, as figure_prune.png; random: mean ± sd of draws."""
-    plt, runs = pyplot(), found["runs"]
-    size = (4.2 * len(runs), 3.8)
-    figure, axes = plt.subplots(1, len(runs), figsize=size, squeeze=False, sharey=True, layout="constrained")
-    for axis, (title, run) in zip(axes.flat, runs.items()):
-        for name, values in by_ranking(run["accuracy"]).items():
-            mean, sd = np.mean(values, axis=0), np.std(values, axis=0, ddof=len(values) > 1)
-            axis.plot(found["removed"], mean, marker="o", label=name)
-            axis.fill_between(found["removed"], mean - sd, mean + sd, alpha=0.2)
-        axis.set(title=title, xlabel="layers removed", xticks=found["removed"])
+    plt = pyplot()
+    size = (4.2 * len(results), 3.8)
+    figure, axes = plt.subplots(
+        1, len(results), figsize=size, squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis, (title, result) in zip(axes.flat, results.items()):
+        for name, draws in result["accuracy"].items():
+            mean, sd = np.mean(draws, axis=0), np.std(draws, axis=0, ddof=len(draws) > 1)
+            axis.plot(result["removed"], mean, marker="o", label=name)
+            axis.fill_between(result["removed"], mean - sd, mean + sd, alpha=0.2)
+        axis.set(title=title, xlabel="layers removed", xticks=result["removed"])
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("linear probe, last block")
     handles, titles = axes[0, 0].get_legend_handles_labels()
@@ -761,26 +736,21 @@ def layer_title(numbers):
 
 def print_pruning(args, runs):
     """The tables of --prune, prune.json and figure_prune.png."""
-    folder = Path(args.out)
+    folder, results = Path(args.out), {}
     folder.mkdir(parents=True, exist_ok=True)
-    found = measure_pruning(args, runs)
     for run in runs:
-        result = found["runs"][run.title]
+        results[run.title] = result = measure_pruning(args, run)
         names = [layer_title(numbers) for numbers in layer_weights(run.model.state_dict())]
-        columns = zip(*result["layers"].values())
-        rows = {f"{i} {n}": [[v] for v in values] for i, (n, values) in enumerate(zip(names, columns), 1)}
-        print_table(run.title, ["entropy", "/ ln N", "mean |w|", "without it"], rows)
-        rows = {n: np.transpose(v).tolist() for n, v in by_ranking(result["accuracy"]).items()}
-        title = f"{run.title}, linear probe without n layers"
-        print_table(title, [f"n = {size}" for size in found["removed"]], rows)
-        rows = {name: [values] for name, values in by_ranking(result["spearman"]).items()}
-        print_table("rank correlation with leave-one-out", ["Spearman"], rows)
-    print(f"\nTwo standard errors of one accuracy over the test clips: {found['two standard errors']:.3f}")
-    text = json.dumps(found, indent=1).replace("NaN", "null")
-    (folder / "prune.json").write_text(text + "\n")
+        rows = {n: [[v] for v in values] for n, values in zip(names, zip(*result["layers"].values()))}
+        print_table(run.title, result["layers"], rows)
+        rows = {n: [*zip(*draws), result["spearman"][n]] for n, draws in result["accuracy"].items()}
+        columns = [*(f"n = {size}" for size in result["removed"]), "Spearman"]
+        print_table("linear probe without n layers", columns, rows)
+        print(f"Two standard errors over the test clips, n = 0: {result['two standard errors']:.3f}")
+    (folder / "prune.json").write_text(json.dumps(results, indent=1).replace("NaN", "null") + "\n")
     if args.plot:
-        plot_pruning(found, folder)
-    print(f"{folder}/prune.json" + (f" and {folder}/figure_prune.png" if args.plot else ""))
+        plot_pruning(results, folder)
+    print(f"\n{folder}/prune.json" + (f" and {folder}/figure_prune.png" if args.plot else ""))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 In the order of the files: model.py, blockwise.py, data.py, train.py, probe.py, analyze.py, README.md.
 """
 
+import argparse
 import itertools
 import json
 import os
@@ -1439,6 +1440,139 @@ def test_analysis_writes_tables_claims_and_figures(three_runs, tmp_path, capsys)
         len(found["runs"]["sim-2"]["linear CKA"]) == 2 and "e2e-2 | sim-2" in found["linear CKA across runs"]
     )
     assert len(list((tmp_path / "out").glob("figure*.png"))) == 4
+
+
+def test_layer_entropy_of_known_weights():
+    assert analyze.layer_entropy([torch.full((5, 7), 0.3)]) == (0.0, 0.0)
+    entropy, share = analyze.layer_entropy([torch.tensor([[1.0, 2.0]]), torch.tensor([3.0, 4.0])])
+    assert entropy == pytest.approx(np.log(4)) and share == pytest.approx(1)
+    assert analyze.layer_entropy([torch.tensor([0.0, -0.0])])[0] == 0.0
+    assert analyze.layer_entropy([torch.tensor([1.0, 1.0001])])[0] == 0.0  # one float16 value
+    weights = torch.randn(3000, generator=torch.Generator().manual_seed(0))
+    counts = np.unique(weights.numpy().astype(np.float16), return_counts=True)[1]
+    expected = -(counts / 3000 * np.log(counts / 3000)).sum()
+    found = analyze.layer_entropy([weights[:2000].view(40, 50), weights[2000:].requires_grad_()])
+    assert found == pytest.approx((expected, expected / np.log(3000)))
+
+
+def test_bins_of_equal_width_would_reverse_the_order_that_exact_entropy_gives():
+    rich = torch.cat([torch.linspace(0.1, 0.11, 1023), torch.ones(1)])  # many values, close together
+    poor = torch.linspace(0, 1, 16).repeat(64)  # few values, far apart
+    assert analyze.layer_entropy([rich])[0] > analyze.layer_entropy([poor])[0] + 1
+
+    def binned(weights):
+        p = torch.histc(weights, bins=64) / len(weights)
+        return torch.special.entr(p).sum()
+
+    assert binned(rich) < binned(poor) - 1
+
+
+def test_pruning_removes_the_named_layers_and_leaves_a_model_that_loads():
+    model, video = toy(blocks=2).eval(), clips(2)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    pruned = analyze.prune(model, [2, 3])  # the last of block 1, the first of block 2
+    gone = [key for key in before if key.startswith(("blocks.block1.layers.1.", "blocks.block2.layers.0."))]
+    assert pruned.state_dict().keys() == before.keys() - gone and len(gone) == 2 * 12
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())  # a copy
+    again = analyze.prune(toy(blocks=2, seed=1), [2, 3]).eval()
+    again.load_state_dict(pruned.state_dict())
+    x, index = patchify(video, model.tubelet), torch.arange(32).expand(2, -1)
+    first, last = model.blocks["block1"], model.blocks["block2"]
+    by_hand = last.norm(last.layers[1](first.layers[0](first.embedding(x, index))))
+    for found in (pruned, again):
+        assert torch.equal(found.encode(video)["block2"], by_hand)
+    removed = [frozenset(numbers) for numbers in ((), (1,), (2, 3), (1, 2, 3, 4))]
+    for numbers, tokens in analyze.Pruned(model, removed).encode(video).items():
+        assert torch.equal(tokens, analyze.prune(model, numbers).encode(video)["block2"])
+    with pytest.raises(ValueError, match="there are 1 to 4"):
+        analyze.prune(model, [5])
+
+
+def test_spearman_with_ties():
+    assert analyze.spearman([1, 2, 3, 9], [10, 20, 30, 31]) == pytest.approx(1)
+    assert analyze.spearman([1, 2, 2, 3], [4, 3, 2, 1]) == pytest.approx(-4.5 / np.sqrt(4.5 * 5))
+    assert np.isnan(analyze.spearman([1, 1, 1], [1, 2, 3]))
+
+
+def test_entropy_ranks_videomae_and_hugging_face_checkpoints(tmp_path, capsys):
+    four = {"attn.qkv": 1, "attn.proj": 2, "mlp.fc1": 3, "mlp.fc2": 4}
+    six = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
+    six += ("attention.output.dense", "intermediate.dense", "output.dense")
+    state = {"encoder.patch_embed.proj.weight": torch.zeros(9)}
+    state |= {
+        f"{side}coder.blocks.{i}.{n}.weight": torch.arange(i + 1.0)
+        for side in ("en", "de")
+        for i in (0, 10)
+        for n in four
+    }
+    state |= {f"encoder.blocks.{i}.norm1.weight": torch.arange(99.0) for i in (0, 10)}
+    named = {f"videomae.encoder.layer.{i}.{n}.weight": torch.arange(i + 1.0) for i in (0, 10) for n in six}
+    own = {f"trunk.{i}.{n}.w": torch.arange(i + 1.0) for i in (0, 10) for n in four}
+    for one, more, pattern in ((state, 4, ()), (named, 6, ()), (own, 4, ("--pattern", r"trunk\.{}\..*\.w"))):
+        found = analyze.layer_weights(one, *pattern[1:])
+        assert list(found) == [(0,), (10,)] and [len(w) for w in found.values()] == [more, more]
+        arguments = argparse.Namespace(lr=1e-4)  # as in VideoMAE's files
+        torch.save({"model": one, "args": arguments}, tmp_path / "checkpoint.pth")
+        analyze.main([str(tmp_path / "checkpoint.pth"), "--entropy", *pattern])
+        assert re.search(
+            rf"layer 10 +{np.log(11):.3f} .*\nlowest first: layer 0, layer 10", capsys.readouterr().out
+        )
+    for pattern, sentence in (
+        ((), "No key fits"),
+        (("--pattern", "trunk"), "lacks {}"),
+        (("--pattern", "({}"), "not a reg"),
+    ):
+        with pytest.raises(SystemExit):
+            analyze.main([str(tmp_path / "checkpoint.pth"), "--entropy", *pattern])
+        assert sentence in capsys.readouterr().err
+
+
+class Code:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_with_code_is_refused_and_the_code_does_not_run(tmp_path, capsys):
+    torch.save({"model": Code(tmp_path / "made")}, tmp_path / "code.pt")
+    torch.save({"model": {"step": 3}}, tmp_path / "empty.pt")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    for name, sentence in (("code", "reads safely"), ("text", "reads safely"), ("empty", "no state_dict")):
+        with pytest.raises(SystemExit):
+            analyze.main([str(tmp_path / f"{name}.pt"), "--entropy"])
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
+
+
+def test_pruning_compares_entropy_with_random_last_magnitude_and_the_oracle(tmp_path, capsys):
+    for regime in ("e2e", "simultaneous"):
+        (tmp_path / regime).mkdir()
+        model = toy(regime)
+        save(tmp_path / regime / "last.pt", model, [], step=0, settings={"seed": 0})
+    runs = [str(tmp_path / regime) for regime in ("e2e", "simultaneous")]
+    analyze.main([*runs, "--prune", "--clips", "12", "--workers", "0", "--out", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "prune.json").read_text())
+    for name in ("e2e", "simultaneous"):
+        result = found[name]
+        assert result["removed"] == [0, 1, 3] and f"\n{name} " in text
+        names = ["entropy", "random", "last", "magnitude", "oracle"]
+        assert list(result["accuracy"]) == names and np.shape(result["accuracy"]["random"]) == (5, 3)
+        assert result["accuracy"]["oracle"][0][1] == max(result["layers"]["without it"])
+        assert result["accuracy"]["last"][0][1] == result["layers"]["without it"][-1]
+        assert result["spearman"]["oracle"] == [pytest.approx(1)] and len(result["spearman"]["random"]) == 5
+    assert found["e2e"]["layers"]["entropy"] == found["simultaneous"]["layers"]["entropy"]  # same encoder
+
+
+def test_plot_without_matplotlib_fails_before_the_measurements(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        analyze.main([str(tmp_path), "--plot"])
+    assert "pip install matplotlib" in capsys.readouterr().err
 
 
 # ---- README.md ----
