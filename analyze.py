@@ -108,7 +108,7 @@ def spectrum(x):
 
 
 def uniformity(x):
-    """Uniformity on the sphere (Sec. 4) of x (n, D): log mean exp(-2 |z_i - z_j|^2) over pairs, in float64."""
+    """Uniformity on the sphere (Sec. 4) of x (n, D): log mean exp(-2 |z_i - z_j|^2) of pairs; float64."""
     z, total = F.normalize(x.double(), dim=1), 0.0
     for part in z.split(1024):
         cosine = part @ z.T  # |z_i - z_j|^2 = 2 - 2 cosine
@@ -173,7 +173,7 @@ def layer_entropy(weights):
     """Importance of a layer without data: (entropy, entropy / ln N), in nats, of its N weights' exact values.
 
     H = -sum p log p over the distinct float16 values. weights: tensors, those of qkv, attention projection,
-    fc1 and fc2 together; no biases, no norms. No binning: bins of equal width can reverse the order of layers.
+    fc1 and fc2 together; no biases, no norms. No binning: bins of equal width can reverse the order.
     """
     values = torch.cat([w.detach().cpu().half().flatten() for w in weights]) + 0.0  # -0 becomes 0
     counts = torch.bincount(values.view(torch.int16).int() + 2**15).double()  # by the 16 bits of a value
@@ -201,9 +201,9 @@ def layer_weights(state, pattern=None):
         if found:
             return dict(sorted(found.items()))
     some = ", ".join(key for key in state if key.endswith("weight"))[:400]
+    example = r"'blocks\.{}\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.weight'"
     raise ValueError(
-        f"No key fits {pattern or 'a known naming'}; give --pattern 'blocks.{{}}.(attn.qkv|attn.proj|mlp.fc1|mlp.fc2)"
-        f".weight' in the words of your keys: {some} ..."
+        f"No key fits {pattern or 'a known naming'}; give --pattern, like {example}, for: {some} ..."
     )
 
 
@@ -271,7 +271,7 @@ class Pruned(torch.nn.Module):
 
 
 def spearman(a, b):
-    """Spearman's rank correlation of two sequences; equal values share their mean rank. nan if one is constant."""
+    """Spearman's rank correlation of two sequences; equal values share a rank. nan if one is constant."""
 
     def ranks(values):
         _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
@@ -282,7 +282,7 @@ def spearman(a, b):
 
 
 def probe_pruned(args, model, removed):
-    """Linear probe of the last block without some layers: {frozenset: share of targets right, by test clip}."""
+    """Linear probe of the last block without some layers: {frozenset: share of targets right, by clip}."""
     data = open_data(args, model.video)
     features, targets, _, _, folds = collect(args, {"": Pruned(model, removed)}, data)
     probed = tqdm(features.items(), "probes", leave=False)
@@ -290,7 +290,7 @@ def probe_pruned(args, model, removed):
 
 
 def measure_pruning(args, run, draws=5):
-    """Accuracy of a run without its 1, 3, 5, ... least important layers, by every ranking: a dict for prune.json.
+    """Accuracy of a run without its 1, 3, 5, ... least important layers, for every ranking (prune.json).
 
     Rankings: entropy; random, several draws; last, the last layers first; magnitude; and the oracle, which
     removes first what costs least when it alone is removed.
@@ -529,7 +529,7 @@ def saturation(group):
 
 
 def pyplot():
-    """matplotlib.pyplot, which only figures need; called before the measurements, so that they are not lost."""
+    """matplotlib.pyplot, which only figures need; called before the measurements, not to lose them."""
     try:
         import matplotlib
     except ImportError:
@@ -611,7 +611,7 @@ def draw_heat(axis, g, groups, colours):
 
 
 def plot_pruning(results, folder):
-    """Draw accuracy against layers removed, a panel per run, as figure_prune.png; random: mean ± sd of draws."""
+    """Draw accuracy against layers removed, a panel per run (figure_prune.png); random: ±1 sd of draws."""
     plt = pyplot()
     size = (4.2 * len(results), 3.8)
     figure, axes = plt.subplots(

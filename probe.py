@@ -47,7 +47,7 @@ def logistic_probe(train_x, train_y, test_x, *, C=1.0, classes=None):
     mean, std = train_x.mean(dim=0), train_x.std(dim=0, unbiased=False)
     varies = std > 1e-7 * (1 + mean.abs())
     x, z = (((a - mean) / std)[:, varies] for a in (train_x, test_x))
-    # Coordinates V, W = vectors * scale @ V, in which the objective is about equally curved in all directions:
+    # Coordinates V, W = vectors * scale @ V, in which the objective is about equally curved everywhere:
     # at equal probabilities the log-losses are curved by the Gram matrix / classes, the penalty by 1 / C.
     values, vectors = torch.linalg.eigh(x.T @ x)
     scale = (values.clamp(min=0) / classes + 1 / C).rsqrt()

@@ -1549,23 +1549,25 @@ def test_a_checkpoint_with_code_is_refused_and_the_code_does_not_run(tmp_path, c
 
 
 def test_pruning_compares_entropy_with_random_last_magnitude_and_the_oracle(tmp_path, capsys):
-    for regime in ("e2e", "simultaneous"):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    depths = {"simultaneous": 4, "e2e": 2}
+    for regime, depth in depths.items():
         (tmp_path / regime).mkdir()
-        model = toy(regime)
-        save(tmp_path / regime / "last.pt", model, [], step=0, settings={"seed": 0})
-    runs = [str(tmp_path / regime) for regime in ("e2e", "simultaneous")]
-    analyze.main([*runs, "--prune", "--clips", "12", "--workers", "0", "--out", str(tmp_path / "out")])
+        save(tmp_path / regime / "last.pt", toy(regime, depth=depth), [], step=0, settings={"seed": 0})
+    flags = ("--prune", "--clips", "12", "--workers", "0", "--plot", "--out", str(tmp_path / "out"))
+    analyze.main([*(str(tmp_path / regime) for regime in depths), *flags])
     text = capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "prune.json").read_text())
-    for name in ("e2e", "simultaneous"):
-        result = found[name]
-        assert result["removed"] == [0, 1, 3] and f"\n{name} " in text
-        names = ["entropy", "random", "last", "magnitude", "oracle"]
-        assert list(result["accuracy"]) == names and np.shape(result["accuracy"]["random"]) == (5, 3)
-        assert result["accuracy"]["oracle"][0][1] == max(result["layers"]["without it"])
-        assert result["accuracy"]["last"][0][1] == result["layers"]["without it"][-1]
-        assert result["spearman"]["oracle"] == [pytest.approx(1)] and len(result["spearman"]["random"]) == 5
-    assert found["e2e"]["layers"]["entropy"] == found["simultaneous"]["layers"]["entropy"]  # same encoder
+    for name, sizes in (("simultaneous", [0, 1, 3]), ("e2e", [0, 1])):
+        result, accuracy = found[name], found[name]["accuracy"]
+        assert f"\n{name} " in text and result["removed"] == sizes
+        assert list(accuracy) == ["entropy", "random", "last", "magnitude", "oracle"]
+        assert np.shape(accuracy["random"]) == (5, len(sizes)) and len(result["spearman"]["random"]) == 5
+        assert accuracy["oracle"][0][1] == max(result["layers"]["without it"])
+        assert accuracy["last"][0][1] == result["layers"]["without it"][-1]
+        lowest = int(np.argmin(result["layers"]["entropy"]))
+        assert accuracy["entropy"][0][1] == result["layers"]["without it"][lowest]
+    assert (tmp_path / "out" / "figure_prune.png").stat().st_size > 10000
 
 
 def test_plot_without_matplotlib_fails_before_the_measurements(tmp_path, capsys, monkeypatch):
