@@ -12,11 +12,15 @@ differ.
 Shapes as in model.py: B batch, N tokens, V visible, M masked, P values in one tubelet, D width, K blocks.
 """
 
+import collections
+import contextlib
 import os
+import pickle
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -44,7 +48,18 @@ REGIMES = {
 
 
 def train_step(
-    model, optimizers, video, visible, masked, *, dtype=None, clip=None, slices=1, share=1.0, complete=True
+    model,
+    optimizers,
+    video,
+    visible,
+    masked,
+    *,
+    dtype=None,
+    clip=None,
+    slices=1,
+    share=1.0,
+    complete=True,
+    reduce=None,
 ):
     """One training step of any regime (Sec. 3.1): detach, block, local loss, backward, its optimizer step.
 
@@ -57,6 +72,7 @@ def train_step(
     dtype: torch.bfloat16 for autocast. clip: largest gradient norm, of each group by itself; None: none.
     slices: parts of the batch in which a decoder runs, to save memory; the gradients stay the same.
     share, complete: for gradient accumulation, this part's share of the batch and whether it is the last.
+    reduce: called with a group's parameters when their gradients are complete; Replicas sums them over processes.
     Returns (losses, norms), each {block name: 0-d tensor}: L_k of every block that trains with a decoder, and
     the gradient norm of every block that trains, decoder included.
     """
@@ -78,7 +94,9 @@ def train_step(
             # At once: this graph is freed before the next is built.
             torch.autograd.backward([tokens[name] for name in local], [grad for _, grad in local.values()])
             if complete:
-                norms |= update(model, group, optimizer, clip)  # the optimizer step of this group alone
+                norms |= update(
+                    model, group, optimizer, clip, reduce
+                )  # the optimizer step of this group alone
     return losses, norms
 
 
@@ -110,9 +128,11 @@ def local_loss(decoder, h, visible, masked, pixels, *, dtype=None, slices=1, sha
     return loss, torch.cat(gradients)  # (B, V, D)
 
 
-def update(model, group, optimizer, clip=None):
+def update(model, group, optimizer, clip=None, reduce=None):
     """The optimizer step of one group of blocks, after its backward. Returns {block name: gradient norm}."""
     norms = {}
+    if reduce:
+        reduce([p for name in group for p in trainable(model, name)])
     for name in group:
         gradients = [p.grad for p in trainable(model, name) if p.grad is not None]
         norms[name] = torch.nn.utils.get_total_norm(gradients)
@@ -155,6 +175,13 @@ def make_optimizers(model, *, stage=0, lr=1e-4, betas=(0.9, 0.95), weight_decay=
             )
         )
     return optimizers
+
+
+def load_optimizers(optimizers, states):
+    """Give every optimizer its state from a checkpoint."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        if optimizer is not None:
+            optimizer.load_state_dict(state)
 
 
 class Block(nn.Module):
@@ -228,7 +255,12 @@ class Blockwise(nn.Module):
         self.decoders = nn.ModuleDict()
         for name in names if REGIMES[regime].local_decoders else names[-1:]:
             self.decoders[name] = Decoder(tokens=tokens, values=values, encoder_width=width, **decoder)
-        self.groups = [[name] for name in names] if REGIMES[regime].stop_gradient else [names]
+
+    @property
+    def groups(self):
+        """The sets of names that one backward trains."""
+        names = list(self.blocks)
+        return [[name] for name in names] if REGIMES[self.config["regime"]].stop_gradient else [names]
 
     @property
     def stages(self):
@@ -290,6 +322,7 @@ def save(path, model, optimizers, *, step, settings, data=""):
     """Write a checkpoint. settings: a dict of builtins; data: a fingerprint of what the run is trained on.
 
     It is written beside the old one and then takes its place: a kill at any moment leaves a readable file.
+    Raises OSError if that fails, for a full disk for example; the old one is then still there.
     """
     checkpoint = {
         "config": model.config,  # arguments of Blockwise
@@ -300,11 +333,16 @@ def save(path, model, optimizers, *, step, settings, data=""):
         "data": data,
     }
     temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save() turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written ({(error.__context__ or error)!s:.200})") from error
 
 
 def load(path, device="cpu"):
@@ -316,7 +354,158 @@ def load(path, device="cpu"):
     path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise ValueError(f"There is no checkpoint {path}; name a folder that train.py has written.")
-    checkpoint = torch.load(path, map_location=device, weights_only=True)
-    model = Blockwise(**checkpoint["config"]).to(device)
-    model.load_state_dict(checkpoint["model"])
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)  # data only: no code is run
+        model = Blockwise(**checkpoint["config"]).to(device)
+        model.load_state_dict(checkpoint["model"])
+    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged: {reason:.200}") from None
     return model.eval(), checkpoint
+
+
+# ---- several processes, by torch.distributed ----
+
+
+class Alone:
+    """A run in one process. Replicas and Pipeline say what differs in several: torchrun starts them."""
+
+    rank, parts, reads, reduce = 0, 1, True, None  # parts of every batch; does this process read clips?
+
+    def share(self, tensor):
+        """This process's part of a tensor of the whole batch."""
+        return tensor
+
+    def take_part(self, model, optimizers):
+        """What this process trains of the model, with its optimizers."""
+        return model, optimizers
+
+    def pass_on(self, video):
+        """The clips of a step, None where they come from another process."""
+        return video
+
+    def agree(self, stop, save):
+        """What all processes do after a step: (stop?, save?)."""
+        return stop, save
+
+    def collect(self, losses, norms):
+        """Losses and gradient norms, {name: float}, of the whole batch and model, on rank 0."""
+        return losses, norms
+
+    def whole(self, model, optimizers):
+        """The whole model and its optimizers, on rank 0."""
+        return model, optimizers
+
+
+class Replicas(Alone):
+    """Data parallel: every process holds the whole model and computes its part of every batch.
+
+    Gradients are sums over the parts, weighted by `share` in train_step(): the batch keeps its meaning. Each
+    block's are summed as soon as its own backward is done, before its optimizer step.
+    """
+
+    def __init__(self):
+        self.rank, self.parts = dist.get_rank(), dist.get_world_size()
+
+    def share(self, tensor):
+        """Rows of this process."""
+        return tensor.tensor_split(self.parts)[self.rank]
+
+    def reduce(self, parameters):
+        """Sum gradients over the processes, in one message."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        together = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(together)
+        for gradient, total in zip(gradients, together.split([g.numel() for g in gradients])):
+            gradient.copy_(total.view_as(gradient))
+
+    def agree(self, stop, save):
+        """One that was told to stop stops all; rank 0 says when to save."""
+        code = torch.tensor([int(stop)])
+        dist.all_reduce(code, op=dist.ReduceOp.MAX)
+        return bool(code), save
+
+    def collect(self, losses, norms):
+        """Losses are sums over the parts, which are weighted by their share; the norms are those of the sum."""
+        total = torch.tensor(list(losses.values()), dtype=torch.float64)
+        dist.all_reduce(total)
+        return dict(zip(losses, total.tolist())), norms
+
+
+class Pipeline(Alone):
+    """Simultaneous training with a process for each block: rank k - 1 holds block k, its decoder and its AdamW only.
+
+    No gradient crosses a boundary (Sec. 3.1), so nothing ever comes back: rank k works on a batch while rank
+    k - 1 works on the next one. The numbers are those of one process, bit for bit.
+    """
+
+    TOKENS, VIDEO, CODE = 1, 2, 3  # kinds of message
+
+    def __init__(self, *, batch, device="cpu"):
+        self.rank, self.last, self.device = dist.get_rank(), dist.get_world_size() - 1, device
+        self.batch, self.sent, self.reads = batch, collections.deque(), self.rank == 0
+
+    def send(self, tensor, kind):
+        """Start sending to the next process. At most a few messages are under way: a fast process waits."""
+        if self.rank < self.last:
+            tensor = tensor.contiguous()
+            self.sent.append((dist.isend(tensor, self.rank + 1, tag=kind), tensor))
+            while len(self.sent) > 6:
+                self.sent.popleft()[0].wait()
+
+    def receive(self, shape, dtype, kind):
+        """Wait for a tensor from the process before."""
+        tensor = torch.empty(shape, dtype=dtype, device="cpu" if kind == self.CODE else self.device)
+        dist.recv(tensor, self.rank - 1, tag=kind)
+        return tensor
+
+    def take_part(self, model, optimizers):
+        """Keep this rank's block only; its forward receives h_{k-1} and sends h_k."""
+        self.config, name, width = model.config, list(model.blocks)[self.rank], model.config["width"]
+        model.blocks = nn.ModuleDict({name: model.blocks[name]})
+        model.decoders = nn.ModuleDict({name: model.decoders[name]})
+        if self.rank > 0:
+            model.blocks[name].register_forward_pre_hook(
+                lambda _, args: (self.receive((*args[1].shape, width), torch.float32, self.TOKENS), args[1])
+            )
+        model.blocks[name].register_forward_hook(lambda _, args, h: self.send(h.detach(), self.TOKENS))
+        return model, optimizers[self.rank : self.rank + 1]
+
+    def pass_on(self, video):
+        """Every block's targets are pixels: the clips follow the tokens."""
+        if self.rank == 0:
+            video = video.to(self.device)
+        else:
+            video = self.receive((self.batch, *self.config["video"], 3), torch.uint8, self.VIDEO)
+        self.send(video, self.VIDEO)
+        return video
+
+    def agree(self, stop, save):
+        """Rank 0 decides; the others hear of it after the same step."""
+        code = torch.tensor([stop, save], dtype=torch.uint8)
+        if self.rank > 0:
+            code = self.receive((2,), torch.uint8, self.CODE)
+        self.send(code, self.CODE)
+        return tuple(map(bool, code))
+
+    def collect(self, losses, norms):
+        """Those of all blocks."""
+        found = self.gather((losses, norms))
+        return [{name: value for part in found for name, value in part[i].items()} for i in range(2)]
+
+    def whole(self, model, optimizers):
+        """For pictures and checkpoints, rank 0 puts the blocks together; it keeps the result for a moment only."""
+        parts = self.gather((model.state_dict(), [optimizer.state_dict() for optimizer in optimizers]))
+        if self.rank > 0:
+            return None, None
+        model = Blockwise(**self.config).to(self.device)
+        model.load_state_dict({key: value for state, _ in parts for key, value in state.items()})
+        optimizers = make_optimizers(model)
+        load_optimizers(optimizers, [state for _, states in parts for state in states])
+        return model, optimizers
+
+    def gather(self, value):
+        """What all ranks give, on rank 0; [] elsewhere."""
+        found = [None] * (self.last + 1) if self.rank == 0 else None
+        dist.gather_object(value, found)
+        return found or []

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -938,7 +939,7 @@ def test_a_run_is_resumed_only_on_the_same_videos(folder, tmp_path, capsys):
     assert "was started on other videos" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
     out, calls, plain = tmp_path / "run", [], train.step_in_parts
 
     def explode(*arguments):
@@ -949,7 +950,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         return losses, norms
 
     monkeypatch.setattr(train, "step_in_parts", explode)
-    message = run(*TINY_RUN, "--steps", 6, "--out", out)
+    assert run(*TINY_RUN, "--steps", 6, "--out", out) == 1
+    message = capsys.readouterr().err
     assert "block2 is not finite at step 3" in message and "generated clip" in message
     assert load(out)[1]["step"] == 0
 
@@ -1064,6 +1066,79 @@ def test_learning_rate_warms_up_linearly_and_ends_at_the_minimum():
     rates = [train.learning_rate(config, step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(1e-4) and rates[9] == pytest.approx(1e-3) == max(rates)
     assert all(a > b for a, b in itertools.pairwise(rates[10:])) and 1e-6 < rates[-1] < 2e-6
+
+
+# ---- train.py, in several processes ----
+
+
+def several(count, log, *arguments, die=None):
+    """train.py in several processes, as torchrun starts them: their exit codes. die: (rank, seconds)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(count):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+        processes.append(os.fork())
+        if processes[-1] == 0:
+            try:
+                os.environ |= {name: str(value) for name, value in place.items()} | {
+                    "MASTER_ADDR": "127.0.0.1"
+                }
+                train.RANK, train.PROCESSES = rank, count
+                with open(f"{log}{rank}.txt", "w") as text:
+                    sys.stdout = sys.stderr = text
+                    code = run(*arguments)
+            finally:
+                os._exit(code)
+    if die:
+        time.sleep(die[1])
+        os.kill(processes[die[0]], signal.SIGKILL)
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+
+
+def state_of(out):
+    """Everything in a checkpoint that later training depends on."""
+    _, checkpoint = load(out)
+    return {key: checkpoint[key] for key in ("model", "optimizers", "step", "data", "config")}
+
+
+def same(a, b):
+    """Are two nested structures equal, tensors bit for bit?"""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def numbers(out):
+    """The log, without what depends on the machine's mood."""
+    moods = {"clips_per_s", "wait", "memory_mb"}
+    return [{key: value for key, value in line.items() if key not in moods} for line in log_lines(out)]
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_a_pipeline_of_blocks_equals_one_process_bit_for_bit(tmp_path, blocks):
+    how = [*TINY_RUN, "--blocks", blocks, "--steps", 12, "--clip", 0.5, "--accumulate", 2]
+    assert run(*how, "--out", tmp_path / "one") == 0
+    how += ["--parallel", "blocks", "--out", tmp_path / "pipeline"]
+    assert several(blocks, tmp_path / "log", *how) == [0] * blocks
+    assert same(state_of(tmp_path / "one"), state_of(tmp_path / "pipeline"))
+    assert numbers(tmp_path / "one") == numbers(tmp_path / "pipeline")
+
+
+def test_two_replicas_learn_what_one_process_learns(tmp_path):
+    how = [*TINY_RUN, "--steps", 10]
+    for regime in ("simultaneous", "e2e"):
+        one, two = tmp_path / f"{regime}-one", tmp_path / f"{regime}-two"
+        assert run(*how, "--regime", regime, "--out", one) == 0
+        assert several(2, tmp_path / "log", *how, "--regime", regime, "--out", two) == [0, 0]
+        for a, b in zip(numbers(one), numbers(two), strict=True):
+            for values in ("loss", "grad_norm"):
+                assert a[values] == pytest.approx(b[values], rel=1e-5)
 
 
 # ---- probe.py ----

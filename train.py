@@ -3,6 +3,8 @@
     python train.py --blocks 4                                           # generated clips, minutes on a CPU
     python train.py --blocks 4 --data VIDEOS --stride 2 --short repeat   # your own videos
     python train.py --size tiny --data UCF-101 --list trainlist01.txt    # the paper's recipe, for a GPU
+    torchrun --nproc-per-node 2 train.py ...                             # batches shared by two processes
+    torchrun --nproc-per-node 4 train.py --blocks 4 --parallel blocks    # a process for each block
     python train.py --help                                               # every setting
 
 Römer & Dickscheid, arXiv 2601.09040, Sec. 3. The method is train_step() in blockwise.py; this file feeds it.
@@ -16,9 +18,12 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
+import re
 import shlex
 import signal
 import sys
+import threading
 import time
 import types
 import typing
@@ -31,13 +36,26 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.compiler import set_stance
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from blockwise import REGIMES, Blockwise, count_parameters, load, make_optimizers, save, train_step
+from blockwise import (
+    REGIMES,
+    Alone,
+    Blockwise,
+    Pipeline,
+    Replicas,
+    count_parameters,
+    load,
+    load_optimizers,
+    make_optimizers,
+    save,
+    train_step,
+)
 from data import READ_ERRORS, BrokenVideos, Scenes, Videos, loader, tile, write_picture, write_video
 from model import SIZES, normalized_targets, patchify, take, tube_mask, unpatchify
 
@@ -114,6 +132,9 @@ class Config:
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "bf16: autocast; auto is bf16 on cuda, else fp32")
     compile: bool = option(False, "torch.compile the blocks and decoders")
     workers: int | None = option(None, "processes that read clips (default: from the number of cores)", 0)
+    parallel: Literal["data", "blocks"] = option(
+        "data", "what several processes of torchrun share: every batch, or the blocks, one each"
+    )
     out: str | None = option(None, "folder of the run (default: runs/NAME, named after the settings)")
     resume: bool = option(
         False, "go on with the run in --out, from its last checkpoint and with its settings"
@@ -127,10 +148,14 @@ class Config:
 # ---- settings ----
 
 
-def fail(message):
-    """End the program for a mistake that the user can mend: one sentence, exit code 2."""
-    print(f"train.py: {message}", file=sys.stderr)
-    sys.exit(2)
+RANK, PROCESSES = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def fail(message, code=2):
+    """End the program with one sentence; exit code 2 is for a mistake that the user can mend."""
+    time.sleep(min(RANK, 1) * 2)  # if rank 0 fails too, torchrun ends the others before they repeat it
+    tqdm.write(f"train.py{f', process {RANK}' if RANK else ''}: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 class Parser(argparse.ArgumentParser):
@@ -193,6 +218,8 @@ def complete(config):
         else:
             config.device, why = "cpu", f"no GPU found; {torch.get_num_threads()} threads"
     cuda = config.device.startswith("cuda")
+    if config.device == "cuda" and PROCESSES > 1:
+        config.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=config.device)
         if cuda:
@@ -215,11 +242,29 @@ def complete(config):
         raise ValueError(
             f"--accumulate {config.accumulate} is more parts than the batch has clips, {config.batch}."
         )
+    check_processes(config)
     if config.decoder_slices is None:  # two clips keep the buffers small, which makes a CPU faster too
         config.decoder_slices = (
             math.ceil(config.batch / config.accumulate / 2) if config.device == "cpu" else 1
         )
     return f"{config.device} ({why}), {config.dtype}"
+
+
+def check_processes(config):
+    """ValueError, if the settings do not suit the number of processes."""
+    if config.parallel == "data" and config.batch % PROCESSES:
+        raise ValueError(
+            f"{PROCESSES} processes cannot share a batch of {config.batch} equally; change --batch."
+        )
+    if config.parallel == "blocks":
+        if config.regime != "simultaneous" or config.compile:
+            raise ValueError("--parallel blocks is for --regime simultaneous, without --compile.")
+        if PROCESSES != config.blocks:
+            start = f"torchrun --nproc-per-node {config.blocks} train.py"
+            raise ValueError(
+                f"--parallel blocks wants a process for each of {config.blocks} blocks, not {PROCESSES}; start "
+                f"it by: {start} --blocks {config.blocks} --parallel blocks ..."
+            )
 
 
 def default_folder(config):
@@ -235,7 +280,9 @@ def command(config, **changes):
     complete(plain)
     for f in fields(Config):
         value = changes.get(f.name, getattr(config, f.name))
-        if f.name not in ("device", "workers", "out", "resume") and value != getattr(plain, f.name):
+        if f.name not in ("device", "workers", "parallel", "out", "resume") and value != getattr(
+            plain, f.name
+        ):
             values = value if isinstance(value, tuple) else () if value is True else (value,)
             parts += [flag(f.name), *map(str, values)]
     return shlex.join(parts)
@@ -245,7 +292,7 @@ def resumed(config, given):
     """Settings, model and checkpoint of the run in --out. It may run elsewhere, but not otherwise."""
     model, checkpoint = load(config.out)
     saved = checkpoint["settings"]
-    elsewhere = {"resume", "out", "device", "workers", "data", "list"}
+    elsewhere = {"resume", "out", "device", "workers", "parallel", "data", "list"}
     for name in given - elsewhere:
         value = getattr(config, name)
         if value not in (saved[name], "auto"):
@@ -253,7 +300,8 @@ def resumed(config, given):
                 f"{config.out} was started with {flag(name)} {saved[name]}, not {value}; leave it out to go "
                 "on with that run, or start another one with --out."
             )
-    here = {"device": config.device, "workers": config.workers, "out": config.out, "resume": True}
+    here = {"out": config.out, "resume": True}
+    here |= {name: getattr(config, name) for name in ("device", "workers", "parallel")}
     here |= {name: getattr(config, name) for name in {"data", "list"} & given}
     return Config(**(saved | here)), model, checkpoint
 
@@ -314,7 +362,10 @@ def describe(config, model, source, where, done, total):
     counts = count_parameters(model)
     listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     print(f"parameters: {listed}; in all {sum(counts.values()):,}")
-    if config.device == "cpu":
+    if PROCESSES > 1:
+        each = "part of every batch" if config.parallel == "data" else "block"
+        print(f"{total - done} steps in {PROCESSES} processes, a {each} in each")
+    elif config.device == "cpu":
         minutes = estimate(config, model, total - done) / 60
         duration = f"{minutes:.0f} minutes" if minutes < 100 else f"{minutes / 60:.0f} hours"
         print(f"{total - done} steps, about {duration} here")
@@ -341,20 +392,29 @@ class Log:
     """log.jsonl and the progress bar, with clips per second and the share of time spent waiting for clips."""
 
     def __init__(self, path, done, total):
-        """done: steps that the checkpoint holds. What a stopped run has logged after them is cut off."""
+        """done: steps that the checkpoint holds. What a stopped run has logged after them is cut off.
+
+        path: None for neither file nor bar.
+        """
+        self.path, self.clips, self.waited, self.since = path, 0, 0.0, time.perf_counter()
+        self.bar = tqdm(total=total, initial=done, unit=" steps", mininterval=1, disable=path is None)
+        if path is None:
+            return
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # the last one may be torn
         path.write_text("".join(line for line in whole if json.loads(line)["step"] <= done))
-        self.path, self.clips, self.waited, self.since = path, 0, 0.0, time.perf_counter()
-        self.bar = tqdm(total=total, initial=done, unit=" steps", mininterval=1)
 
     def next(self, batches):
         """The next batch, on the clock."""
         start = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - start
-        self.clips += len(batch["video"])
         return batch
+
+    def step(self, clips):
+        """One optimizer step on so many clips."""
+        self.clips += clips
+        self.bar.update()
 
     def write(self, record):
         """Write one line; it also goes to the screen if it has an eval_loss."""
@@ -477,12 +537,13 @@ def autocast_dtype(config):
     return torch.bfloat16 if config.dtype == "bf16" else None
 
 
-def step_in_parts(config, model, optimizers, video, visible, masked):
+def step_in_parts(config, model, optimizers, video, visible, masked, reduce=None):
     """train_step() on a batch computed in --accumulate parts. Returns its losses and gradient norms."""
     losses, count = {}, config.accumulate
     for part, tensors in enumerate(zip(*(x.tensor_split(count) for x in (video, visible, masked))), start=1):
         how = {"dtype": autocast_dtype(config), "clip": config.clip, "slices": config.decoder_slices}
-        share = len(tensors[0]) / len(video)
+        how["reduce"] = reduce
+        share = len(tensors[0]) / config.batch
         last = part == count
         of_part, norms = train_step(model, optimizers, *tensors, share=share, complete=last, **how)
         losses = {name: losses.get(name, 0.0) + share * loss for name, loss in of_part.items()}
@@ -508,13 +569,6 @@ def catch_signals():
     return caught
 
 
-def load_optimizers(optimizers, states):
-    """Give every optimizer its state from a checkpoint."""
-    for optimizer, state in zip(optimizers, states, strict=True):
-        if optimizer is not None:
-            optimizer.load_state_dict(state)
-
-
 def save_run(config, model, optimizers, source, done):
     """Write the run's checkpoint."""
     what = {"step": done, "settings": asdict(config), "data": source.fingerprint}
@@ -530,30 +584,54 @@ def start_folder(config, model, source, checkpoint):
         save_run(config, model, [], source, done=0)
 
 
+SAVE_SECONDS = 60  # at most, what a kill loses
+
+
+def start_processes(config):
+    """This process's part in the run."""
+    if PROCESSES == 1:
+        return Alone()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if config.device.startswith("cuda") else "gloo")
+    return Pipeline(batch=config.batch, device=config.device) if config.parallel == "blocks" else Replicas()
+
+
+def read_batches(config, source, team, done, total):
+    """This process's part of every batch, or nothing where another one reads them."""
+    if not team.reads:
+        return itertools.repeat({"video": None, "index": [], "broken": {}})
+    feed = {"batch": config.batch, "seed": config.seed, "workers": config.workers, "parts": team.parts}
+    feed |= {"part": team.rank, "pin_memory": config.device.startswith("cuda")}
+    return iter(loader(source, first=done, last=total, **feed))
+
+
 def train(config, model, source, checkpoint, where):
     """The training loop, from the checkpoint to the end or to a signal. Returns the signals caught."""
-    signals, out, cpu = catch_signals(), Path(config.out), config.device == "cpu"
+    signals, out, cpu, team = (
+        catch_signals(),
+        Path(config.out),
+        config.device == "cpu",
+        start_processes(config),
+    )
     done = checkpoint["step"] if checkpoint else 0
     steps = config.steps or max(1, math.ceil(config.epochs * len(source) / config.batch))  # of one stage
-    total = steps * model.stages
-    describe(config, model, source, where, done, total)
+    total, leads, whole = steps * model.stages, team.rank == 0, model
     hyper = {"lr": config.lr, "betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
-    optimizers = make_optimizers(model, stage=done // steps, **hyper)
+    optimizers = make_optimizers(model, stage=min(done // steps, model.stages - 1), **hyper)
     if done % steps:
         load_optimizers(optimizers, checkpoint["optimizers"])
+    if leads:
+        describe(config, model, source, where, done, total)
+        clips, saved = fixed_clips(config, model, source), time.monotonic()
+        start_folder(config, model, source, checkpoint)
     if config.compile:
         compile_parts(model)
-    clips, saved = fixed_clips(config, model, source), time.monotonic()
-    start_folder(config, model, source, checkpoint)
-    feed = {"batch": config.batch, "seed": config.seed, "workers": config.workers}
-    batches = iter(
-        loader(source, first=done, last=total, pin_memory=config.device.startswith("cuda"), **feed)
-    )
-    log, ends = Log(out / "log.jsonl", done, total), done == total
+    model, optimizers = team.take_part(model, optimizers)
+    batches = read_batches(config, source, team, done, total)
+    log, ends = Log(out / "log.jsonl" if leads else None, done, total), done == total
 
     while not ends:
         stage, step = divmod(done, steps)
-        if step == 0:  # sequential: each stage has a fresh optimizer and schedule
+        if step == 0 and stage > 0:  # sequential: each stage has a fresh optimizer and schedule
             optimizers = make_optimizers(model, stage=stage, **hyper)
         lr = learning_rate(config, step, steps)
         for group in [group for optimizer in optimizers if optimizer for group in optimizer.param_groups]:
@@ -562,30 +640,37 @@ def train(config, model, source, checkpoint, where):
         batch = log.next(batches)
         for path, reason in source.check_broken(batch["broken"]).items():
             log.bar.write(f"broken, the next good video takes its place: {path} ({reason})")
-        video = batch["video"].to(config.device, non_blocking=True)
-        losses, norms = step_in_parts(config, model, optimizers, video, *masks_of_step(config, model, done))
+        video = team.pass_on(batch["video"]).to(config.device, non_blocking=True)
+        masks = [team.share(index) for index in masks_of_step(config, model, done)]
+        losses, norms = step_in_parts(config, model, optimizers, video, *masks, team.reduce)
         done += 1
-        log.bar.update()
+        log.step(config.batch)
 
-        ends = done == total or bool(signals)
+        stop, due = team.agree(bool(signals), leads and time.monotonic() - saved > SAVE_SECONDS)
+        ends = done == total or stop
         draws = ends or done == 1 or done % max(1, total // 10) == 0
         logs = draws or done % min(50, max(1, total // 100)) == 0
         if logs or cpu:  # on a GPU, looking at a number waits for it
             losses, norms = ({name: x.item() for name, x in values.items()} for values in (losses, norms))
             check_finite(losses, norms, done, lr, [source.name(index) for index in batch["index"]])
-        if logs:
+        if not logs:
+            continue
+        losses, norms = team.collect(losses, norms)
+        if draws or due:
+            whole, optimizers_of_whole = team.whole(model, optimizers)
+        if leads:
             record = {"step": done, "epoch": round(done * config.batch / len(source), 4), "lr": lr}
             record |= {"loss": losses, "grad_norm": norms}
             if draws:
-                reached = [name for group in model.groups[: len(optimizers)] for name in group]
-                record["eval_loss"] = draw(model, clips, out / f"recon_{done:06d}.png", reached)
+                reached = [name for group in whole.groups[: len(optimizers_of_whole)] for name in group]
+                record["eval_loss"] = draw(whole, clips, out / f"recon_{done:06d}.png", reached)
             log.write(record)
-            if ends or time.monotonic() - saved > 60:
-                save_run(config, model, optimizers, source, done)
+            if ends or due:
+                save_run(config, whole, optimizers_of_whole, source, done)
                 saved = time.monotonic()
     log.bar.close()
-    if done == total:
-        losses = draw(model, clips, out / "recon.mp4", model.blocks)
+    if done == total and leads:
+        losses = draw(whole, clips, out / "recon.mp4", whole.blocks)
         print(
             "reconstruction loss by block:", ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         )
@@ -633,6 +718,16 @@ def summed_loss(model, video, visible, masked, dtype=None):
             if name in model.decoders:
                 total = total + F.mse_loss(model.decoders[name](h, visible, masked).float(), target)
     return total
+
+
+def end_with_parent():
+    """For a process of its own: leave no orphan behind when the benchmark is killed."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @functools.cache
@@ -692,7 +787,7 @@ def benchmark(config, regimes):
     cases = {name: tuple(asdict(case).items()) for name, case in cases.items()}
     found = {}
     with contextlib.ExitStack() as stack:
-        new = functools.partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"))
+        new = functools.partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), end_with_parent)
         processes = {name: stack.enter_context(new()) for name in cases}
         seconds = {name: [] for name in cases}
         for _, name in tqdm(list(itertools.product(range(2 + rounds), cases)), "steps", leave=False):
@@ -758,10 +853,23 @@ def main(arguments=None):
     except BrokenVideos as error:
         fail(error)
     except FloatingPointError as error:
-        sys.exit(f"train.py: {error}")
+        fail(error, code=1)
+    except (OSError, RuntimeError) as error:
+        reason, resume = str(error).splitlines()[0], f"--resume --out {shlex.quote(config.out)}"
+        if isinstance(error, OSError):
+            fail(f"{reason}. The last checkpoint is kept; when that is mended, go on with {resume}.", code=1)
+        if PROCESSES == 1 or not re.search("gloo|nccl|distributed", str(error), re.IGNORECASE):
+            raise
+        fail(
+            f"Another process has ended, so all end. The last checkpoint is kept; go on with {resume}.",
+            code=1,
+        )
     if signals:
-        print(f"stopped and saved; go on with: python train.py --resume --out {shlex.quote(config.out)}")
+        if RANK == 0:
+            print(f"stopped and saved; go on with: python train.py --resume --out {shlex.quote(config.out)}")
         sys.exit(128 + signals[0])
+    if RANK > 0:
+        return
     print(f"  (predicting the mean of every tubelet gives 1.0; {config.out}/recon.mp4 shows it)")
     print("next, to compare:", command(config, regime="simultaneous" if config.regime == "e2e" else "e2e"))
 
