@@ -3,6 +3,7 @@
 In the order of the files: model.py, blockwise.py, data.py, train.py, probe.py, analyze.py, README.md.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -806,6 +807,8 @@ def test_every_clip_comes_once_in_every_epoch():
 
 # ---- train.py ----
 
+train.FIXED_CLIPS = 6  # so that the runs below are quick
+
 TINY_RUN = [
     "--frames",
     "8",
@@ -837,6 +840,29 @@ def run(*arguments):
 
 def log_lines(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def state_of(out):
+    """Everything in a checkpoint that later training depends on."""
+    _, checkpoint = load(out)
+    return {key: checkpoint[key] for key in ("model", "optimizers", "step", "data", "config")}
+
+
+def same(a, b):
+    """Are two nested structures equal, tensors bit for bit?"""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def numbers(out):
+    """The log, without what depends on the machine's mood."""
+    moods = {"clips_per_s", "wait", "memory_mb"}
+    return [{key: value for key, value in line.items() if key not in moods} for line in log_lines(out)]
 
 
 def test_a_run_writes_log_pictures_video_and_checkpoint(tmp_path, capsys):
@@ -919,6 +945,68 @@ def test_signals_to_the_whole_process_group_save_the_run(tmp_path):
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in text
     assert load(out)[1]["step"] == log_lines(out)[-1]["step"] >= 1
+
+
+def test_a_run_killed_ten_times_ends_as_if_it_had_never_been(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.05)
+    how, out, rng = [*TINY_RUN, "--blocks", 1, "--steps", 50], tmp_path / "killed", np.random.default_rng(0)
+    assert run(*how, "--out", tmp_path / "whole") == 0
+    log, reached = out / "log.jsonl", []
+    for _ in range(10):
+        more = ["--resume"] if (out / "last.pt").exists() else how
+        process, before = os.fork(), log.stat().st_mtime_ns if log.exists() else 0
+        if process == 0:
+            try:
+                with open(os.devnull, "w") as sys.stdout, open(os.devnull, "w") as sys.stderr:
+                    run(*more, "--out", out)
+            finally:
+                os._exit(0)
+        steps, patience = rng.integers(0, 6), time.monotonic() + 20
+        while steps and time.monotonic() < patience:  # a kill at any moment, also before the first step
+            time.sleep(0.001)
+            if log.exists() and log.stat().st_mtime_ns != before:
+                before, steps = log.stat().st_mtime_ns, steps - 1
+        time.sleep(rng.uniform(0, 0.05))
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        reached.append(load(out)[1]["step"] if (out / "last.pt").exists() else 0)  # readable at any moment
+    assert reached == sorted(reached) and 3 < len(set(reached)) and reached[-1] < 50
+    assert run("--resume", "--out", out) == 0
+    assert same(state_of(out), state_of(tmp_path / "whole")) and numbers(out) == numbers(tmp_path / "whole")
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, monkeypatch, capsys):
+    out, plain = tmp_path / "run", torch.save
+
+    def full(value, file):
+        if value["step"]:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(value, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert run(*TINY_RUN, "--steps", 2, "--out", out) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in message and f"--resume --out {out}" in message
+    assert load(out)[1]["step"] == 0 and not (out / "last.pt.tmp").exists()
+    monkeypatch.undo()
+    assert run("--resume", "--out", out) == 0 and load(out)[1]["step"] == 2
+
+
+def test_a_crafted_or_damaged_checkpoint_is_refused_and_runs_no_code(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "done"),)
+
+    torch.save({"config": Evil()}, tmp_path / "evil.pt")
+    save(tmp_path / "good.pt", toy(), [], step=0, settings={})
+    (tmp_path / "half.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:-5000])
+    torch.save({"config": {"blocks": 3}, "model": {}}, tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    for name in ("evil", "half", "other", "text"):
+        with pytest.raises(ValueError, match=f"{name}.pt is not a checkpoint of train.py, or is damaged"):
+            load(tmp_path / f"{name}.pt")
+    assert not (tmp_path / "done").exists()
 
 
 def test_a_torn_log_line_does_not_stop_resuming(tmp_path):
@@ -1097,32 +1185,9 @@ def several(count, log, *arguments, die=None):
     return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
 
-def state_of(out):
-    """Everything in a checkpoint that later training depends on."""
-    _, checkpoint = load(out)
-    return {key: checkpoint[key] for key in ("model", "optimizers", "step", "data", "config")}
-
-
-def same(a, b):
-    """Are two nested structures equal, tensors bit for bit?"""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def numbers(out):
-    """The log, without what depends on the machine's mood."""
-    moods = {"clips_per_s", "wait", "memory_mb"}
-    return [{key: value for key, value in line.items() if key not in moods} for line in log_lines(out)]
-
-
 @pytest.mark.parametrize("blocks", [2, 4])
 def test_a_pipeline_of_blocks_equals_one_process_bit_for_bit(tmp_path, blocks):
-    how = [*TINY_RUN, "--blocks", blocks, "--steps", 12, "--clip", 0.5, "--accumulate", 2]
+    how = [*TINY_RUN, "--blocks", blocks, "--steps", 5, "--clip", 0.5, "--accumulate", 2]
     assert run(*how, "--out", tmp_path / "one") == 0
     how += ["--parallel", "blocks", "--out", tmp_path / "pipeline"]
     assert several(blocks, tmp_path / "log", *how) == [0] * blocks
@@ -1131,7 +1196,7 @@ def test_a_pipeline_of_blocks_equals_one_process_bit_for_bit(tmp_path, blocks):
 
 
 def test_two_replicas_learn_what_one_process_learns(tmp_path):
-    how = [*TINY_RUN, "--steps", 10]
+    how = [*TINY_RUN, "--steps", 5]
     for regime in ("simultaneous", "e2e"):
         one, two = tmp_path / f"{regime}-one", tmp_path / f"{regime}-two"
         assert run(*how, "--regime", regime, "--out", one) == 0
@@ -1139,6 +1204,19 @@ def test_two_replicas_learn_what_one_process_learns(tmp_path):
         for a, b in zip(numbers(one), numbers(two), strict=True):
             for values in ("loss", "grad_norm"):
                 assert a[values] == pytest.approx(b[values], rel=1e-5)
+
+
+def test_a_rank_that_dies_ends_all_and_loses_nothing(tmp_path):
+    for parallel in ("data", "blocks"):
+        out = tmp_path / parallel
+        how = [*TINY_RUN, "--blocks", 2, "--steps", 5000, "--parallel", parallel, "--out", out]
+        codes = several(2, tmp_path / "log", *how, die=(1, 2.0))
+        assert codes == [1, -signal.SIGKILL]
+        message = (tmp_path / "log0.txt").read_text().splitlines()[-1]
+        assert (
+            message.startswith("train.py: Another process has ended") and f"--resume --out {out}" in message
+        )
+        assert load(out)[1]["step"] == 0
 
 
 # ---- probe.py ----

@@ -321,7 +321,7 @@ def set_up(config, given):
     out, model, checkpoint = Path(config.out), None, None
     if config.resume:
         config, model, checkpoint = resumed(config, given)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.name != "last.pt.tmp" for path in out.iterdir())):
         raise ValueError(
             f"{out} is in use; go on with that run by --resume, or choose another folder with --out."
         )
@@ -404,11 +404,19 @@ class Log:
         whole = [line for line in lines if line.endswith("\n")]  # the last one may be torn
         path.write_text("".join(line for line in whole if json.loads(line)["step"] <= done))
 
-    def next(self, batches):
-        """The next batch, on the clock."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def next(self, batches, source):
+        """The next batch, on the clock; broken videos are named."""
         start = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - start
+        for path, reason in source.check_broken(batch["broken"]).items():
+            self.bar.write(f"broken, the next good video takes its place: {path} ({reason})")
         return batch
 
     def step(self, clips):
@@ -486,6 +494,9 @@ def draw(model, clips, path, blocks):
 
 # ---- training ----
 
+FIXED_CLIPS = 32  # that the pictures and eval_loss are of
+SAVE_SECONDS = 60  # between checkpoints: what a kill loses, at most
+
 
 def compile_parts(model):
     """torch.compile every block and decoder, in place."""
@@ -503,6 +514,14 @@ def learning_rate(config, step, steps):
     return config.min_lr + (config.lr - config.min_lr) * cosine
 
 
+def set_learning_rate(config, optimizers, step, steps):
+    """The learning rate of a step, given to all optimizers."""
+    lr = learning_rate(config, step, steps)
+    for group in [group for optimizer in optimizers if optimizer for group in optimizer.param_groups]:
+        group["lr"] = lr
+    return lr
+
+
 def masks_of_step(config, model, step):
     """The tube masks of one step's batch, a pure function of (seed, step): indices (B, V) and (B, M)."""
     seed = int(np.random.SeedSequence((config.seed, 2, step)).generate_state(1)[0])
@@ -516,9 +535,10 @@ def masks_of_step(config, model, step):
     return visible.to(config.device), masked.to(config.device)
 
 
-def fixed_clips(config, model, source, count=32):
+def fixed_clips(config, model, source):
     """Clips and masks for the pictures and eval_loss: of the test split, or, of videos, those trained on."""
     source, videos = source if config.data else Scenes("test", video=model.video), []
+    count = FIXED_CLIPS
     for index in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int):
         try:
             videos.append(torch.from_numpy(source.read(int(index))))
@@ -577,14 +597,12 @@ def save_run(config, model, optimizers, source, done):
 
 def start_folder(config, model, source, checkpoint):
     """Make the folder of a new run, with a checkpoint of step 0: from here on it can be resumed."""
+    out = Path(config.out)
     if checkpoint is None:
-        out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
         save_run(config, model, [], source, done=0)
-
-
-SAVE_SECONDS = 60  # at most, what a kill loses
+    if not (out / "config.json").exists():
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
 
 
 def start_processes(config):
@@ -614,61 +632,56 @@ def train(config, model, source, checkpoint, where):
     )
     done = checkpoint["step"] if checkpoint else 0
     steps = config.steps or max(1, math.ceil(config.epochs * len(source) / config.batch))  # of one stage
-    total, leads, whole = steps * model.stages, team.rank == 0, model
+    total, leads, saved = steps * model.stages, team.rank == 0, time.monotonic()
     hyper = {"lr": config.lr, "betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
     optimizers = make_optimizers(model, stage=min(done // steps, model.stages - 1), **hyper)
     if done % steps:
         load_optimizers(optimizers, checkpoint["optimizers"])
     if leads:
         describe(config, model, source, where, done, total)
-        clips, saved = fixed_clips(config, model, source), time.monotonic()
+        clips = fixed_clips(config, model, source)
         start_folder(config, model, source, checkpoint)
     if config.compile:
         compile_parts(model)
-    model, optimizers = team.take_part(model, optimizers)
+    whole, (model, optimizers) = model, team.take_part(model, optimizers)
     batches = read_batches(config, source, team, done, total)
-    log, ends = Log(out / "log.jsonl" if leads else None, done, total), done == total
+    ends = done == total
 
-    while not ends:
-        stage, step = divmod(done, steps)
-        if step == 0 and stage > 0:  # sequential: each stage has a fresh optimizer and schedule
-            optimizers = make_optimizers(model, stage=stage, **hyper)
-        lr = learning_rate(config, step, steps)
-        for group in [group for optimizer in optimizers if optimizer for group in optimizer.param_groups]:
-            group["lr"] = lr
+    with Log(out / "log.jsonl" if leads else None, done, total) as log:
+        while not ends:
+            stage, step = divmod(done, steps)
+            if step == 0 and stage > 0:  # sequential: each stage has a fresh optimizer and schedule
+                optimizers = make_optimizers(model, stage=stage, **hyper)
+            lr = set_learning_rate(config, optimizers, step, steps)
+            batch = log.next(batches, source)
+            video = team.pass_on(batch["video"]).to(config.device, non_blocking=True)
+            masks = [team.share(index) for index in masks_of_step(config, model, done)]
+            losses, norms = step_in_parts(config, model, optimizers, video, *masks, team.reduce)
+            done += 1
+            log.step(config.batch)
 
-        batch = log.next(batches)
-        for path, reason in source.check_broken(batch["broken"]).items():
-            log.bar.write(f"broken, the next good video takes its place: {path} ({reason})")
-        video = team.pass_on(batch["video"]).to(config.device, non_blocking=True)
-        masks = [team.share(index) for index in masks_of_step(config, model, done)]
-        losses, norms = step_in_parts(config, model, optimizers, video, *masks, team.reduce)
-        done += 1
-        log.step(config.batch)
-
-        stop, due = team.agree(bool(signals), leads and time.monotonic() - saved > SAVE_SECONDS)
-        ends = done == total or stop
-        draws = ends or done == 1 or done % max(1, total // 10) == 0
-        logs = draws or done % min(50, max(1, total // 100)) == 0
-        if logs or cpu:  # on a GPU, looking at a number waits for it
-            losses, norms = ({name: x.item() for name, x in values.items()} for values in (losses, norms))
-            check_finite(losses, norms, done, lr, [source.name(index) for index in batch["index"]])
-        if not logs:
-            continue
-        losses, norms = team.collect(losses, norms)
-        if draws or due:
-            whole, optimizers_of_whole = team.whole(model, optimizers)
-        if leads:
-            record = {"step": done, "epoch": round(done * config.batch / len(source), 4), "lr": lr}
-            record |= {"loss": losses, "grad_norm": norms}
-            if draws:
-                reached = [name for group in whole.groups[: len(optimizers_of_whole)] for name in group]
-                record["eval_loss"] = draw(whole, clips, out / f"recon_{done:06d}.png", reached)
-            log.write(record)
-            if ends or due:
-                save_run(config, whole, optimizers_of_whole, source, done)
-                saved = time.monotonic()
-    log.bar.close()
+            stop, due = team.agree(bool(signals), leads and time.monotonic() - saved > SAVE_SECONDS)
+            ends = done == total or stop
+            draws = ends or done == 1 or done % max(1, total // 10) == 0
+            logs = draws or done % min(50, max(1, total // 100)) == 0
+            if logs or cpu:  # on a GPU, looking at a number waits for it
+                losses, norms = ({name: x.item() for name, x in values.items()} for values in (losses, norms))
+                check_finite(losses, norms, done, lr, [source.name(index) for index in batch["index"]])
+            if not logs:
+                continue
+            losses, norms = team.collect(losses, norms)
+            if draws or due:
+                whole, of_whole = team.whole(model, optimizers)
+            if leads:
+                record = {"step": done, "epoch": round(done * config.batch / len(source), 4), "lr": lr}
+                record |= {"loss": losses, "grad_norm": norms}
+                if draws:
+                    reached = [name for group in whole.groups[: len(of_whole)] for name in group]
+                    record["eval_loss"] = draw(whole, clips, out / f"recon_{done:06d}.png", reached)
+                log.write(record)
+                if ends or due:
+                    save_run(config, whole, of_whole, source, done)
+                    saved = time.monotonic()
     if done == total and leads:
         losses = draw(whole, clips, out / "recon.mp4", whole.blocks)
         print(
