@@ -232,6 +232,8 @@ class Group:
     def __init__(self, runs, results, by_clip):
         config = dict(runs[0].model.config)
         self.regime, self.K, self.name = config.pop("regime"), config.pop("blocks"), runs[0].group
+        for name in ("frozen", "target"):
+            config.pop(name)
         self.config = config  # of the architecture, K aside: only groups of the same one are compared
         self.results = [results[run.title] for run in runs]
         self.by_clip = [by_clip[run.title] for run in runs]

@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from model import Decoder, Layer, TubeletEmbedding, normalized_targets, patchify, take
+from model import Decoder, Layer, TubeletEmbedding, init_weights, normalized_targets, patchify, take
 
 
 class Regime(NamedTuple):
@@ -33,6 +33,7 @@ class Regime(NamedTuple):
     stop_gradient: bool  # at every block boundary: no block learns from another block's loss
     local_decoders: bool  # a decoder and a loss for every block, not only for block K
     staged: bool  # one block at a time, on top of frozen ones: K passes over the data
+    freezing: bool = False  # blocks are frozen one after the other in a single pass, see switch()
 
 
 REGIMES = {
@@ -44,6 +45,8 @@ REGIMES = {
     "e2e": Regime(stop_gradient=False, local_decoders=False, staged=False),
     # Ours, the control that the paper lacks: K losses as in simultaneous, but gradients cross the boundaries.
     "deep-supervision": Regime(stop_gradient=False, local_decoders=True, staged=False),
+    # e2e whose blocks freeze from below, and whose target moves up behind them (arXiv 2509.10156).
+    "layerlock": Regime(stop_gradient=False, local_decoders=False, staged=False, freezing=True),
 }
 
 
@@ -77,8 +80,14 @@ def train_step(
     the gradient norm of every block that trains, decoder included.
     """
     patches = patchify(video, model.tubelet)  # (B, N, P)
-    h, pixels, losses, norms = take(patches, visible), take(patches, masked), {}, {}  # (B, V, P), (B, M, P)
-    how = {"dtype": dtype, "slices": slices, "share": share}
+    h, losses, norms = take(patches, visible), {}, {}  # (B, V, P)
+    latent = model.config[
+        "target"
+    ]  # the block whose output is predicted: LayerLock's; 0, for pixels, elsewhere
+    target = (
+        latent_target(model, patches, masked, dtype) if latent else take(patches, masked)
+    )  # (B, M, P or D)
+    how = {"normalize": not latent, "dtype": dtype, "slices": slices, "share": share}
     for group, optimizer in zip(model.groups, optimizers):
         h, tokens = h.detach(), {}  # stop-gradient: h_k = f_k(sg(h_{k-1}))
         with torch.set_grad_enabled(optimizer is not None), autocast(h, dtype):
@@ -86,7 +95,7 @@ def train_step(
                 h = tokens[name] = model.blocks[name](h, visible)  # (B, V, D)
         if optimizer is not None:
             local = {
-                name: local_loss(model.decoders[name], tokens[name], visible, masked, pixels, **how)
+                name: local_loss(model.decoders[name], tokens[name], visible, masked, target, **how)
                 for name in group
                 if name in model.decoders
             }
@@ -94,9 +103,8 @@ def train_step(
             # At once: this graph is freed before the next is built.
             torch.autograd.backward([tokens[name] for name in local], [grad for _, grad in local.values()])
             if complete:
-                norms |= update(
-                    model, group, optimizer, clip, reduce
-                )  # the optimizer step of this group alone
+                # The optimizer step of this group alone.
+                norms |= update(model, group, optimizer, clip, reduce)
     return losses, norms
 
 
@@ -105,23 +113,25 @@ def autocast(tensor, dtype):
     return torch.autocast(tensor.device.type, dtype, enabled=dtype is not None)
 
 
-def local_loss(decoder, h, visible, masked, pixels, *, dtype=None, slices=1, share=1.0):
+def local_loss(decoder, h, visible, masked, target, *, normalize=True, dtype=None, slices=1, share=1.0):
     """L_k and its gradient with respect to h_k, by forward and backward of one decoder; fills its p.grad.
 
     L_k is the mean squared error over the masked tokens only (Sec. 3.1). The decoder runs in slices of the
     batch: it sees N tokens per clip where the encoder sees V, so most of the memory would be its graph's.
-    h: (B, V, D) tokens after block k. pixels: (B, M, P) masked tubelets. Others: as in train_step().
+    h: (B, V, D) tokens after block k. target: (B, M, P) masked tubelets, which are normalised if `normalize`
+    says so. Others: as in train_step().
     Returns (L_k, share * gradient): 0-d tensor and (B, V, D).
     """
     loss, gradients = torch.zeros((), device=h.device), []
     slices = min(slices, len(h))
     for part, seen, hidden, x in zip(
-        *(a.detach().tensor_split(slices) for a in (h, visible, masked, pixels))
+        *(a.detach().tensor_split(slices) for a in (h, visible, masked, target))
     ):
         part.requires_grad_()  # (B / slices, V, D)
         with autocast(h, dtype):
             prediction = decoder(part, seen, hidden)  # (B / slices, M, P)
-        local = F.mse_loss(prediction.float(), normalized_targets(x)[0]) * (len(part) / len(h))
+        x = normalized_targets(x)[0] if normalize else x
+        local = F.mse_loss(prediction.float(), x) * (len(part) / len(h))
         (share * local).backward()
         loss += local.detach()
         gradients.append(part.grad)
@@ -160,8 +170,9 @@ def make_optimizers(model, *, stage=0, lr=1e-4, betas=(0.9, 0.95), weight_decay=
     # Paper does not say: betas, and that biases, norms and mask tokens have no weight decay. Both are
     # VideoMAE's.
     staged = REGIMES[model.config["regime"]].staged
-    optimizers = [None] * stage if staged else []
-    for group in model.groups[stage : stage + 1] if staged else model.groups:
+    frozen = stage if staged else int(model.config["frozen"] > 0)  # groups, the first ones
+    optimizers = [None] * frozen
+    for group in model.groups[frozen : frozen + 1] if staged else model.groups[frozen:]:
         parameters = [p for name in group for p in trainable(model, name)]
         optimizers.append(
             torch.optim.AdamW(
@@ -211,7 +222,7 @@ class Blockwise(nn.Module):
 
     blocks: K, which must divide depth. regime: a key of REGIMES. video: (T, H, W) of a clip. tubelet: the
     size of one token, in the same order. depth: encoder layers in all. The others are transformer widths,
-    layers and heads.
+    layers and heads. frozen, target: LayerLock's, see switch().
     `blocks` and `decoders` are keyed "block1".."blockK"; `groups` lists the sets of names that one backward
     trains.
     Raises ValueError where sizes do not fit together.
@@ -230,6 +241,8 @@ class Blockwise(nn.Module):
         decoder_width=192,
         decoder_depth=4,
         decoder_heads=3,
+        frozen=0,
+        target=0,
     ):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -255,12 +268,16 @@ class Blockwise(nn.Module):
         self.decoders = nn.ModuleDict()
         for name in names if REGIMES[regime].local_decoders else names[-1:]:
             self.decoders[name] = Decoder(tokens=tokens, values=values, encoder_width=width, **decoder)
+            if target:
+                self.decoders[name].head = latent_head(decoder_width, width)
 
     @property
     def groups(self):
-        """The sets of names that one backward trains."""
-        names = list(self.blocks)
-        return [[name] for name in names] if REGIMES[self.config["regime"]].stop_gradient else [names]
+        """The sets of names that one backward trains; LayerLock's frozen blocks are one set of their own."""
+        names, frozen = list(self.blocks), self.config["frozen"]
+        if REGIMES[self.config["regime"]].stop_gradient:
+            return [[name] for name in names]
+        return [names[:frozen], names[frozen:]] if frozen else [names]
 
     @property
     def stages(self):
@@ -280,7 +297,12 @@ class Blockwise(nn.Module):
         return tokens
 
     def reconstruct(self, video, visible, masked):
-        """Every decoder's prediction of the normalised masked tubelets: {"block1": (B, M, P), ...}."""
+        """Every decoder's prediction of the normalised masked tubelets: {"block1": (B, M, P), ...}.
+
+        Empty if the decoder predicts the output of a block instead.
+        """
+        if self.config["target"]:
+            return {}
         h, predictions = take(patchify(video, self.tubelet), visible), {}  # (B, V, P)
         for name, block in self.blocks.items():
             h = block(h, visible)  # (B, V, D)
@@ -304,9 +326,71 @@ def check_sizes(config):
             raise ValueError(
                 f"{size} {what} is not a multiple of the tubelet's {part}; try {near} or {near + part}."
             )
+    for what in ("frozen", "target"):
+        if not 0 <= config[what] < max(blocks, 2) or (config[what] and not REGIMES[regime].freezing):
+            raise ValueError(
+                f"{what} {config[what]} is not possible with {blocks} blocks in regime {regime}."
+            )
     for width, heads in (("width", "heads"), ("decoder_width", "decoder_heads")):
         if config[width] % (2 * config[heads]):
             raise ValueError(f"{width} {config[width]} is not an even multiple of {heads} {config[heads]}.")
+
+
+# ---- LayerLock: progressive freezing (Erdogan et al., arXiv 2509.10156) ----
+
+
+def frozen_blocks(step, *, start, every, until):
+    """How many blocks are frozen at a step: none before `start`, then one more every `every` steps, `until` at most.
+
+    start -1: none ever. every 0: all at once. With K = depth these are LayerLock's single layers. A pass with
+    K frozen steps, a decoder for each and pixel targets is sequential blockwise training: the two ends of one
+    axis.
+    """
+    if start < 0 or step < start:
+        return 0
+    return min(until, 1 + (step - start) // every) if every else until
+
+
+def switch(model, optimizers, *, frozen, target=0, **hyper):
+    """Freeze blocks 1..frozen from now on, and predict the output of block `target`; 0: pixels.
+
+    What still learns keeps its AdamW state; that of the frozen blocks is freed. When the target changes from
+    pixels to a block's output, the decoder gets a new head of that width, drawn from torch's random state.
+    hyper: as for make_optimizers(). Returns the optimizers for train_step().
+    """
+    config = model.config
+    if target and not config["target"]:
+        for decoder in model.decoders.values():
+            device = decoder.head.weight.device
+            decoder.head = latent_head(config["decoder_width"], config["width"]).to(device)
+    config |= {"frozen": frozen, "target": target}
+    check_sizes(config)
+    old, fresh = optimizers[-1].state, make_optimizers(model, **hyper)
+    for p in (p for group in fresh[-1].param_groups for p in group["params"] if p in old):
+        fresh[-1].state[p] = old[p]
+    return fresh
+
+
+def latent_head(decoder_width, width):
+    """The decoder's last layer, when it predicts tokens."""
+    return nn.Linear(decoder_width, width).apply(init_weights)
+
+
+@torch.no_grad()
+def latent_target(model, patches, masked, dtype=None):
+    """LayerLock's target: what block `target` makes of the whole clip, at the masked positions: (B, M, D).
+
+    patches: (B, N, P). No gradient goes through it.
+    """
+    # Paper does not say: whether the target is normalised. Ours is, token by token, as no two layers have the
+    # same scale.
+    names = list(model.blocks)[: model.config["target"]]
+    everything = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)  # (B, N)
+    h = patches
+    with autocast(patches, dtype):
+        for name in names:
+            h = model.blocks[name](h, everything)  # (B, N, D)
+    return take(F.layer_norm(h.float(), h.shape[-1:]), masked)  # (B, M, D)
 
 
 def count_parameters(model):

@@ -43,6 +43,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from analyze import spectrum
 from blockwise import (
     REGIMES,
     Alone,
@@ -50,10 +51,12 @@ from blockwise import (
     Pipeline,
     Replicas,
     count_parameters,
+    frozen_blocks,
     load,
     load_optimizers,
     make_optimizers,
     save,
+    switch,
     train_step,
 )
 from data import READ_ERRORS, BrokenVideos, Scenes, Videos, loader, tile, write_picture, write_video
@@ -82,7 +85,9 @@ class Config:
     size: Literal["nano", "tiny", "small", "base"] = option(
         "nano", "model: tiny and small are the paper's, nano suits a laptop"
     )
-    blocks: int = option(4, "K, blocks of the encoder; for e2e, where its representation is read", 1)
+    blocks: int = option(
+        4, "K, blocks of the encoder; for e2e, where its representation is read (layerlock: 12)", 1
+    )
     regime: Literal[tuple(REGIMES)] = option("simultaneous", "who learns from which loss (Sec. 3.1)")
     decoder_depth: int | None = option(None, "layers of each local decoder (paper: 4; nano: 1)", 1)
     frames: int | None = option(None, "frames of a clip (paper: 16)", 1)
@@ -94,6 +99,17 @@ class Config:
     decode_ratio: float = option(
         1.0, "share of the masked tokens that the decoders see and predict, drawn at random (paper: 1)"
     )
+
+    target: Literal["latent", "pixels"] = option(
+        "latent", "layerlock: what is predicted once a block is frozen, its output or still pixels"
+    )
+    freeze_start: int | None = option(
+        None, "layerlock: steps before the first block is frozen; -1: none ever (default: 1/3 of all)", -1
+    )
+    freeze_every: int | None = option(
+        None, "layerlock: steps from one block to the next; 0: all at once (default: up to the end)", 0
+    )
+    freeze_until: int | None = option(None, "layerlock: blocks frozen in the end (default: 2/3 of K)", 1)
 
     data: str | None = option(None, "folder of videos; without it, clips are generated")
     list: str | None = option(None, "file of lines `path [label]`, relative to --data: use these videos only")
@@ -202,8 +218,13 @@ def parse(arguments=None):
         raise ValueError(f"--decode-ratio {given['decode_ratio']} must be more than 0 and at most 1.")
     if {"steps", "epochs"} <= set(given):
         raise ValueError("--steps and --epochs both say how long to train; give one of them.")
+    if given.get("regime") != "layerlock" and not given.get("resume"):
+        for name in given.keys() & {"target", "freeze_start", "freeze_every", "freeze_until"}:
+            raise ValueError(f"{flag(name)} is for --regime layerlock.")
     if "list" in given and "data" not in given:
         raise ValueError("--list names videos relative to a folder; say which folder with --data.")
+    if given.get("regime") == "layerlock":  # one layer at a time
+        return Config(**({"blocks": 12} | given)), set(given)
     return Config(**given), set(given)
 
 
@@ -243,6 +264,11 @@ def complete(config):
             f"--accumulate {config.accumulate} is more parts than the batch has clips, {config.batch}."
         )
     check_processes(config)
+    if REGIMES[config.regime].freezing and (config.freeze_until or 1) >= config.blocks:
+        raise ValueError(
+            f"--freeze-until {config.freeze_until or 1} must leave one of {config.blocks} blocks to learn; "
+            "--blocks says how many there are."
+        )
     if config.decoder_slices is None:  # two clips keep the buffers small, which makes a CPU faster too
         config.decoder_slices = (
             math.ceil(config.batch / config.accumulate / 2) if config.device == "cpu" else 1
@@ -271,7 +297,10 @@ def default_folder(config):
     """Folder of a run that is not given one: named after what sets runs apart."""
     data = f"-{Path(config.data).resolve().name}" if config.data else ""
     seed = f"-seed{config.seed}" if config.seed else ""
-    return f"runs/{config.size}-{config.regime}-{config.blocks}{data}{seed}"
+    regime = config.regime
+    if regime == "layerlock":
+        regime += f"-{config.target}" + ("-unfrozen" if config.freeze_start == -1 else "")
+    return f"runs/{config.size}-{regime}-{config.blocks}{data}{seed}"
 
 
 def command(config, **changes):
@@ -465,6 +494,8 @@ def draw(model, clips, path, blocks):
     video, visible, masked = clips
     predictions = model.reconstruct(video, visible, masked)
     predictions = {name: prediction for name, prediction in predictions.items() if name in blocks}
+    if not predictions:
+        return {}  # the decoder predicts no pixels: there is nothing to see
     patches = patchify(video, model.tubelet).float()  # (B, N, P)
     target, mean, std = normalized_targets(take(patches, masked) / 255)  # (B, M, P)
     losses = {name: F.mse_loss(prediction.float(), target).item() for name, prediction in predictions.items()}
@@ -492,6 +523,16 @@ def draw(model, clips, path, blocks):
     return losses
 
 
+@torch.no_grad()
+def spread_of(model, video):
+    """Do the final features of clips still differ? {"std": mean over dimensions, "effective_rank": float}.
+
+    Both fall when a representation collapses. video: (B, T, H, W, C).
+    """
+    x = list(model.encode(video).values())[-1].mean(dim=1)  # (B, D)
+    return {"std": x.std(dim=0).mean().item(), "effective_rank": spectrum(x)["effective_rank"]}
+
+
 # ---- training ----
 
 FIXED_CLIPS = 32  # that the pictures and eval_loss are of
@@ -514,9 +555,40 @@ def learning_rate(config, step, steps):
     return config.min_lr + (config.lr - config.min_lr) * cosine
 
 
+def freezing(config, steps):
+    """LayerLock's schedule for a run of so many steps: the arguments of frozen_blocks()."""
+    # Scaled from the paper's ViT-G: 160K steps of pixels, then 32 of 48 layers, one every 10K steps.
+    until = config.freeze_until or max(1, round(2 / 3 * config.blocks))
+    start = steps // 3 if config.freeze_start is None else config.freeze_start
+    every = max(1, (steps - start) // until) if config.freeze_every is None else config.freeze_every
+    return {"start": start, "every": every, "until": until}
+
+
+def follow_schedule(config, model, optimizers, step, steps, hyper):
+    """LayerLock: switch to what the schedule says for a step. Returns (optimizers, did anything change?)."""
+    if not REGIMES[config.regime].freezing:
+        return optimizers, False
+    schedule = freezing(config, steps)
+    frozen = target = frozen_blocks(step, **schedule)
+    if config.target == "pixels":
+        target = 0
+    elif config.freeze_start == -1:  # the control: a latent target without freezing
+        target = schedule["until"]
+    if (frozen, target) == (model.config["frozen"], model.config["target"]):
+        return optimizers, False
+    torch.manual_seed(config.seed)  # of the new head: the same after resuming
+    return switch(model, optimizers, frozen=frozen, target=target, **hyper), True
+
+
 def set_learning_rate(config, optimizers, step, steps):
     """The learning rate of a step, given to all optimizers."""
     lr = learning_rate(config, step, steps)
+    if REGIMES[config.regime].freezing:
+        # Paper does not say: the length of the warm-up after every switch. Ours is the same share as at the start.
+        schedule = freezing(config, steps)
+        frozen, warm = frozen_blocks(step, **schedule), round(config.warmup * schedule["every"])
+        since = step - schedule["start"] - schedule["every"] * (frozen - 1)
+        lr *= min(1, (since + 1) / warm) if frozen and warm else 1
     for group in [group for optimizer in optimizers if optimizer for group in optimizer.param_groups]:
         group["lr"] = lr
     return lr
@@ -652,6 +724,7 @@ def train(config, model, source, checkpoint, where):
             stage, step = divmod(done, steps)
             if step == 0 and stage > 0:  # sequential: each stage has a fresh optimizer and schedule
                 optimizers = make_optimizers(model, stage=stage, **hyper)
+            optimizers, switched = follow_schedule(config, model, optimizers, step, steps, hyper)
             lr = set_learning_rate(config, optimizers, step, steps)
             batch = log.next(batches, source)
             video = team.pass_on(batch["video"]).to(config.device, non_blocking=True)
@@ -662,7 +735,7 @@ def train(config, model, source, checkpoint, where):
 
             stop, due = team.agree(bool(signals), leads and time.monotonic() - saved > SAVE_SECONDS)
             ends = done == total or stop
-            draws = ends or done == 1 or done % max(1, total // 10) == 0
+            draws = ends or switched or done == 1 or done % max(1, total // 10) == 0
             logs = draws or done % min(50, max(1, total // 100)) == 0
             if logs or cpu:  # on a GPU, looking at a number waits for it
                 losses, norms = ({name: x.item() for name, x in values.items()} for values in (losses, norms))
@@ -678,15 +751,17 @@ def train(config, model, source, checkpoint, where):
                 if draws:
                     reached = [name for group in whole.groups[: len(of_whole)] for name in group]
                     record["eval_loss"] = draw(whole, clips, out / f"recon_{done:06d}.png", reached)
+                    record |= {"frozen": whole.config["frozen"], "features": spread_of(whole, clips[0])}
                 log.write(record)
                 if ends or due:
                     save_run(config, whole, of_whole, source, done)
                     saved = time.monotonic()
     if done == total and leads:
         losses = draw(whole, clips, out / "recon.mp4", whole.blocks)
-        print(
-            "reconstruction loss by block:", ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-        )
+        words = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        if words:
+            print("reconstruction loss by block:", words)
+            print(f"  (predicting the mean of every tubelet gives 1.0; {out}/recon.mp4 shows it)")
     return signals
 
 
@@ -777,12 +852,57 @@ def costs(settings):
     """What a step costs apart from time: FLOPs, bytes of saved activations, megabytes of memory."""
     model, step, before = prepared(settings)
     memory = peak_memory() - before
+    return costs_of_step(model, step) | {"memory_mb": memory}
+
+
+def costs_of_step(model, step):
+    """FLOPs and megabytes of saved activations of a training step, a function without arguments."""
     # Fused attention and compiled code would hide FLOPs from the counter.
     with sdpa_kernel(SDPBackend.MATH), set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         step()
     with saved_bytes(model) as saved:
         step()
-    return {"flops": counter.get_total_flops(), "saved_mb": saved["peak"] / 2**20, "memory_mb": memory}
+    return {"flops": counter.get_total_flops(), "saved_mb": saved["peak"] / 2**20}
+
+
+def benchmark_freezing(config):
+    """Print what LayerLock's run costs in each phase, and in all, against e2e in a run of the same length."""
+    steps, where = config.steps or 3000, complete(config)
+    schedule = freezing(config, steps)
+    batch, found = None, {}
+    frozen = [frozen_blocks(step, **schedule) for step in range(steps)]
+    for target in ("pixels", "latent"):
+        torch.manual_seed(0)
+        model = Blockwise(**model_arguments(config)).to(config.device).train()
+        optimizers = make_optimizers(model)
+        if batch is None:
+            video = torch.zeros(config.batch, *model.video, 3, dtype=torch.uint8, device=config.device)
+            batch = (video, *masks_of_step(config, model, 0))
+        for count in tqdm(sorted(set(frozen)), f"target {target}", leave=False):
+            if count:
+                optimizers = switch(model, optimizers, frozen=count, target=count * (target == "latent"))
+            step = functools.partial(step_in_parts, config, model, optimizers, *batch)
+            learning = sum(p.numel() for group in optimizers[-1].param_groups for p in group["params"])
+            # Of every weight that learns, its gradient and AdamW's two moments.
+            found[target, count] = costs_of_step(model, step) | {"state_mb": 3 * 4 * learning / 2**20}
+    print(f"{config.size}, K = {config.blocks}, {steps} steps of {config.batch} clips, {where}")
+    for (target, count), row in found.items():
+        if (target, count) == ("latent", 0):
+            continue  # the phase before the first switch is the same
+        print(
+            f"{count:2} frozen, target {target:6}: {frozen.count(count):5} steps of "
+            f"{row['flops'] / 1e9:6.1f} GFLOP, {row['saved_mb']:6.1f} MB of saved activations, "
+            f"{row['state_mb']:6.1f} MB of gradients and optimizer state"
+        )
+    plain = found["pixels", 0]
+    for target in ("pixels", "latent"):
+        flops = sum(found[target, count]["flops"] for count in frozen) / (steps * plain["flops"]) - 1
+        memory = [sum(found[target, count][name] for name in ("saved_mb", "state_mb")) for count in frozen]
+        memory = np.array(memory) / (plain["saved_mb"] + plain["state_mb"]) - 1
+        print(
+            f"the whole run, target {target:6}: {flops:+.1%} FLOPs, {memory.mean():+.1%} of this memory on "
+            f"average, {memory[-1]:+.1%} in the last step, against e2e"
+        )
 
 
 def benchmark(config, regimes):
@@ -856,7 +976,10 @@ def main(arguments=None):
     try:
         config, given = parse(arguments)
         if config.benchmark:
-            return benchmark(config, [config.regime] if "regime" in given else list(REGIMES))
+            if config.regime == "layerlock":
+                return benchmark_freezing(config)
+            regimes = [name for name, regime in REGIMES.items() if not regime.freezing]
+            return benchmark(config, [config.regime] if "regime" in given else regimes)
         run = set_up(config, given)
     except ValueError as error:
         fail(error)
@@ -883,8 +1006,9 @@ def main(arguments=None):
         sys.exit(128 + signals[0])
     if RANK > 0:
         return
-    print(f"  (predicting the mean of every tubelet gives 1.0; {config.out}/recon.mp4 shows it)")
-    print("next, to compare:", command(config, regime="simultaneous" if config.regime == "e2e" else "e2e"))
+    other = {"regime": "simultaneous" if config.regime == "e2e" else "e2e", "target": Config.target}
+    other |= dict.fromkeys(("freeze_start", "freeze_every", "freeze_until"))
+    print("next, to compare:", command(config, **other))
 
 
 if __name__ == "__main__":
