@@ -432,6 +432,58 @@ def test_weights_decay_but_biases_norms_and_mask_tokens_do_not():
         assert all(re.search("bias|norm|mask_token", names[p]) for p in plain["params"])
 
 
+def test_layerlock_freezes_one_block_after_the_other():
+    paper = {"start": 160, "every": 10, "until": 32}  # thousands of steps, 48 layers
+    steps = (0, 159, 160, 169, 170, 469, 470, 1000)
+    assert [blockwise.frozen_blocks(step, **paper) for step in steps] == [0, 0, 1, 1, 2, 31, 32, 32]
+    assert [blockwise.frozen_blocks(step, start=5, every=0, until=3) for step in (4, 5, 9)] == [0, 3, 3]
+    assert blockwise.frozen_blocks(10**6, start=-1, every=1, until=3) == 0
+    config = train.parse(["--regime", "layerlock"])[0]
+    assert config.blocks == 12 and train.freezing(config, 3000) == {"start": 1000, "every": 250, "until": 8}
+
+
+@pytest.mark.parametrize("target", ["pixels", "latent"])
+def test_frozen_layers_stay_bit_equal_ever_after(target):
+    model = toy("layerlock", blocks=4)
+    optimizers, frozen = make_optimizers(model, lr=1e-2), {}
+    for step in range(8):
+        count = blockwise.frozen_blocks(step, start=2, every=2, until=3)
+        if count != model.config["frozen"]:
+            old = {id(p): state["exp_avg"].clone() for p, state in optimizers[-1].state.items()}
+            how = {"frozen": count, "target": count * (target == "latent"), "lr": 1e-2}
+            optimizers = blockwise.switch(model, optimizers, **how)
+            left = optimizers[-1].state  # AdamW's state: of what still learns, and unchanged
+            assert left and all(torch.equal(state["exp_avg"], old[id(p)]) for p, state in left.items())
+            gone = {id(p) for name in model.groups[0] for p in model.blocks[name].parameters()}
+            assert not gone & {id(p) for p in left} and optimizers[0] is None
+            frozen |= {name: weights(model.blocks[name]) for name in model.groups[0] if name not in frozen}
+        before = weights(model.blocks["block4"])
+        losses, norms = train_step(model, optimizers, clips(seed=step), *masks(model, seed=step))
+        assert list(losses) == ["block4"] and set(norms) == {f"block{k}" for k in range(count + 1, 5)}
+        assert differing(before, weights(model.blocks["block4"]))
+        assert not any(differing(was, weights(model.blocks[name])) for name, was in frozen.items())
+        assert all(p.grad is None for name in frozen for p in model.blocks[name].parameters())
+    assert list(frozen) == ["block1", "block2", "block3"]
+
+
+def test_layerlocks_target_is_the_frozen_layers_output_for_the_whole_clip(tmp_path):
+    model = toy("layerlock", blocks=4)
+    video, (visible, masked) = clips(), masks(model)
+    optimizers = blockwise.switch(model, make_optimizers(model), frozen=2, target=2)
+    save(tmp_path / "last.pt", model, optimizers, step=1, settings={})
+    losses, _ = train_step(model, optimizers, video, visible, masked, slices=2)
+    model = load(tmp_path)[0]  # as before the step, the new head included
+    with torch.no_grad():
+        whole = F.layer_norm(model.encode(video)["block2"], (TOY["width"],))
+        expected = torch.stack([tokens[index] for tokens, index in zip(whole, masked)])
+        h = take(patchify(video, model.tubelet), visible)
+        for block in model.blocks.values():
+            h = block(h, visible)
+        found = model.decoders["block4"](h, visible, masked)
+    torch.testing.assert_close(losses["block4"], F.mse_loss(found, expected))
+    assert model.reconstruct(video, visible, masked) == {}  # no pixels are predicted
+
+
 def test_a_checkpoint_holds_all_and_is_only_data(tmp_path):
     model = toy("deep-supervision")
     optimizers = make_optimizers(model)
@@ -877,6 +929,8 @@ def test_a_run_writes_log_pictures_video_and_checkpoint(tmp_path, capsys):
         "loss",
         "grad_norm",
         "eval_loss",
+        "features",
+        "frozen",
         "clips_per_s",
         "wait",
         "memory_mb",
@@ -1009,6 +1063,17 @@ def test_a_crafted_or_damaged_checkpoint_is_refused_and_runs_no_code(tmp_path, c
     assert not (tmp_path / "done").exists()
 
 
+def test_the_collapse_control_has_a_latent_target_and_freezes_nothing(tmp_path):
+    out = tmp_path / "run"
+    how = ["--regime", "layerlock", "--blocks", 4, "--freeze-start", -1, "--steps", 3, "--out", out]
+    assert run(*TINY_RUN, *how) == 0
+    assert (load(out)[0].config["frozen"], load(out)[0].config["target"]) == (0, 3)
+    assert not list(out.glob("recon*")) and all(line["features"]["std"] > 0 for line in log_lines(out))
+    assert (
+        train.default_folder(train.parse([*map(str, how[:6])])[0]) == "runs/nano-layerlock-latent-unfrozen-4"
+    )
+
+
 def test_a_torn_log_line_does_not_stop_resuming(tmp_path):
     out = tmp_path / "run"
     assert run(*TINY_RUN, "--steps", 2, "--out", out) == 0
@@ -1079,6 +1144,10 @@ def test_every_setting_is_a_flag_and_every_flag_a_setting(capsys):
         ("--decode-ratio 0", "--decode-ratio 0.0 must be more than 0 and at most 1"),
         ("--benchmark --blocks 5", "choose --blocks from 1, 2, 3, 4, 6, 12"),
         ("--accumulate 99", "more parts than the batch has clips"),
+        ("--target pixels", "--target is for --regime layerlock"),
+        ("--regime layerlock --freeze-until 12", "must leave one of 12 blocks to learn"),
+        ("--parallel blocks", "start it by: torchrun --nproc-per-node 4 train.py --blocks 4 --parallel blocks"),
+        ("--parallel blocks --regime e2e", "--parallel blocks is for --regime simultaneous"),
         ("--device warp", "try --device cpu"),
         ("--data nowhere", "nowhere is not a folder"),
         ("--list some.txt", "say which folder with --data"),

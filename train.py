@@ -556,12 +556,15 @@ def learning_rate(config, step, steps):
 
 
 def freezing(config, steps):
-    """LayerLock's schedule for a run of so many steps: the arguments of frozen_blocks()."""
+    """LayerLock's schedule, the arguments of frozen_blocks(); settings left open are filled in for so many steps."""
     # Scaled from the paper's ViT-G: 160K steps of pixels, then 32 of 48 layers, one every 10K steps.
-    until = config.freeze_until or max(1, round(2 / 3 * config.blocks))
-    start = steps // 3 if config.freeze_start is None else config.freeze_start
-    every = max(1, (steps - start) // until) if config.freeze_every is None else config.freeze_every
-    return {"start": start, "every": every, "until": until}
+    if config.freeze_until is None:
+        config.freeze_until = max(1, round(2 / 3 * config.blocks))
+    if config.freeze_start is None:
+        config.freeze_start = steps // 3
+    if config.freeze_every is None:
+        config.freeze_every = max(1, (steps - max(0, config.freeze_start)) // config.freeze_until)
+    return {"start": config.freeze_start, "every": config.freeze_every, "until": config.freeze_until}
 
 
 def follow_schedule(config, model, optimizers, step, steps, hyper):
@@ -705,6 +708,8 @@ def train(config, model, source, checkpoint, where):
     done = checkpoint["step"] if checkpoint else 0
     steps = config.steps or max(1, math.ceil(config.epochs * len(source) / config.batch))  # of one stage
     total, leads, saved = steps * model.stages, team.rank == 0, time.monotonic()
+    if REGIMES[config.regime].freezing:
+        freezing(config, steps)
     hyper = {"lr": config.lr, "betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
     optimizers = make_optimizers(model, stage=min(done // steps, model.stages - 1), **hyper)
     if done % steps:
@@ -751,7 +756,7 @@ def train(config, model, source, checkpoint, where):
                 if draws:
                     reached = [name for group in whole.groups[: len(of_whole)] for name in group]
                     record["eval_loss"] = draw(whole, clips, out / f"recon_{done:06d}.png", reached)
-                    record |= {"frozen": whole.config["frozen"], "features": spread_of(whole, clips[0])}
+                    record |= {"features": spread_of(whole, clips[0]), "frozen": whole.config["frozen"]}
                 log.write(record)
                 if ends or due:
                     save_run(config, whole, of_whole, source, done)
