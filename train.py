@@ -20,6 +20,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 import types
 import typing
 import weakref
@@ -753,14 +754,24 @@ def main(arguments=None):
     except ValueError as error:
         fail(error)
     config = run[0]
+    again = f"python train.py --resume --out {shlex.quote(config.out)}"
     try:
         signals = train(*run)
-    except BrokenVideos as error:
-        fail(error)
-    except FloatingPointError as error:
-        sys.exit(f"train.py: {error}")
+    except Exception as error:
+        # Frees the loader, which ends its workers. Python would wait for them for ever: they ignore SIGTERM.
+        if hasattr(signal, "SIGCHLD"):  # not on Windows; torch's handler would raise again meanwhile
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, BrokenVideos):
+            fail(error)
+        if isinstance(error, FloatingPointError):
+            sys.exit(f"train.py: {error}")
+        if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
+            less = f"{again} --workers {config.workers // 2}"
+            sys.exit(f"train.py: a process that reads clips died, out of memory perhaps; go on with: {less}")
+        raise
     if signals:
-        print(f"stopped and saved; go on with: python train.py --resume --out {shlex.quote(config.out)}")
+        print(f"stopped and saved; go on with: {again}")
         sys.exit(128 + signals[0])
     print(f"  (predicting the mean of every tubelet gives 1.0; {config.out}/recon.mp4 shows it)")
     print("next, to compare:", command(config, regime="simultaneous" if config.regime == "e2e" else "e2e"))
