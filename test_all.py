@@ -4,8 +4,10 @@ In the order of the files: model.py, blockwise.py, data.py, train.py, probe.py, 
 """
 
 import errno
+import faulthandler
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -678,6 +680,147 @@ def test_packing_refuses_to_mix_folders(tmp_path, capsys):
         assert end.value.code == 2 and sentence in error and len(error.splitlines()) == 1
 
 
+def mutated(raw, rng):
+    """A file's bytes with one kind of damage."""
+    raw, kind = bytearray(raw), rng.integers(6)
+    place, size = int(rng.integers(len(raw))), int(rng.choice([4, 200, 3000]))
+    if kind == 0:  # flipped bits
+        for at in rng.integers(len(raw), size=rng.choice([1, 8, 200])):
+            raw[at] ^= 1 << rng.integers(8)
+    elif kind == 1:  # wrong headers
+        for at in rng.integers(min(len(raw), 1000), size=4):
+            raw[at] = rng.integers(256)
+    elif kind == 2:
+        del raw[place:]
+    elif kind == 3:
+        raw[place : place + size] = bytes(size)
+    elif kind == 4:  # sizes and counts that are far too large
+        raw[place : place + 4] = b"\x7f\xff\xff\xff"
+    else:
+        raw[place:place] = raw[place // 2 : place // 2 + size]
+    return bytes(raw)
+
+
+def read_all(folder, report):
+    """In a process of its own: read every video of a folder in every way; a line of the report for each."""
+    data.MAX_BROKEN = 1.0
+    videos = Videos(folder, video=(4, 16, 16), short="repeat")
+    named = list(videos.broken)
+    with open(report, "w") as file:
+        for index in range(len(videos)):
+            print(videos.name(index), file=file, flush=True)  # the last line names the culprit
+            faulthandler.dump_traceback_later(20, exit=True)
+            for how in ({"start": 1.0, "stride": 1}, {"start": 0.6, "short": "drop"}):
+                try:
+                    clip = read_clip(folder / videos.name(index), video=(4, 16, 16), **how)
+                    assert clip.shape == (4, 16, 16, 3)
+                except data.READ_ERRORS as error:
+                    assert data.reason(error)
+            faulthandler.cancel_dump_traceback_later()
+        for batch in data.evaluation_loader(videos):
+            named += videos.check_broken(batch["broken"])
+        for batch in loader(videos, batch=20, last=5):
+            named += videos.check_broken(batch["broken"])
+        print("broken", len(named), len(set(named)), file=file)
+
+
+def test_damaged_files_neither_crash_nor_hang_the_reader(tmp_path):
+    good, bad, rng = tmp_path / "good", tmp_path / "bad", np.random.default_rng(0)
+    good.mkdir(), bad.mkdir()
+    for name in ("a.mp4", "b.mkv", "c.avi", "d.ts", "e.mov", "f.mpg", "g.flv"):
+        codec = {"mpg": "mpeg2video", "flv": "flv"}.get(name[2:], "mpeg4")
+        write_numbered(good / name, frames=20, size=(48, 32), codec=codec)
+    images = np.arange(20, dtype=np.uint8).repeat(32 * 48 * 3).reshape(20, 32, 48, 3) * 5
+    data.write_video(good / "h.mp4", images, rate=25)  # H.264 with B-frames, where it can be written
+    for name, codec in (("i.webm", "libvpx-vp9"), ("j.webm", "libvpx")):
+        if codec in av.codecs_available:
+            write_numbered(good / name, frames=20, size=(48, 32), codec=codec)
+    files = [(path, path.read_bytes()) for path in sorted(good.iterdir())]
+    for number in range(320):
+        path, raw = files[number % len(files)]
+        (bad / f"{number}{path.suffix}").write_bytes(mutated(raw, rng))
+    process = multiprocessing.get_context("spawn").Process(target=read_all, args=(bad, tmp_path / "report"))
+    process.start()
+    process.join(90)
+    process.kill()
+    *_, last = (tmp_path / "report").read_text().splitlines()
+    assert process.exitcode == 0, f"at {last}"
+    word, found, different = last.split()
+    assert word == "broken" and found == different and 20 < int(found) < 200
+
+
+def test_odd_directory_entries_are_named_or_read(tmp_path):
+    folder, names = (
+        tmp_path / "odd",
+        ["a b.mp4", "ü 日本.mp4", "12:30 %d.mp4", "-x.mp4", "file:y.mp4", "'\".mp4"],
+    )
+    (folder / "folder.mp4").mkdir(parents=True)
+    raw = write_numbered(tmp_path / "good.mp4", frames=16).read_bytes()
+    for number in range(40):
+        names.append(f"{number}.mp4")
+    for name in names:
+        (folder / name).write_bytes(raw)
+    (folder / "link.mp4").symlink_to(folder / "a b.mp4")
+    (folder / "empty.mp4").touch()
+    os.mkfifo(folder / "pipe.mp4")
+    videos = Videos(folder, video=(4, 16, 16))
+    assert {name for name, _ in videos.files} == {*names, "link.mp4"}
+    assert set(videos.broken) == {"empty.mp4", "pipe.mp4"}
+    assert all(videos.read(index).shape == (4, 16, 16, 3) for index in range(len(videos)))
+    (folder / "dangling.mp4").symlink_to("nowhere")
+    (folder / "loop.mp4").symlink_to("loop.mp4")
+    with pytest.raises(data.BrokenVideos, match="4 of 51.*dangling.*empty.*loop.*pipe.mp4 .is not a regular"):
+        Videos(folder, video=(4, 16, 16))
+    with pytest.raises(data.BrokenVideos, match="folder.mp4 .is not a regular file"):
+        (tmp_path / "list.txt").write_text("folder.mp4")
+        Videos(folder, list_file=tmp_path / "list.txt")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts files and threads in /proc")
+def test_two_thousand_reads_and_ten_thousand_files_leave_no_file_or_thread_open(tmp_path):
+    raw = write_numbered(tmp_path / "good.avi", frames=16, size=(16, 16)).read_bytes()
+    (tmp_path / "cut.avi").write_bytes(raw[: len(raw) // 2])
+    (tmp_path / "bad.avi").write_bytes(raw[:40])
+
+    def count():
+        return [len(os.listdir(f"/proc/self/{what}")) for what in ("fd", "task")]
+
+    for number in range(2000):
+        if number == 100:
+            before = count()
+        try:
+            read_clip(tmp_path / f"{('good', 'cut', 'bad')[number % 3]}.avi", video=(4, 16, 16), short="drop")
+        except data.READ_ERRORS:
+            continue
+    (tmp_path / "many").mkdir()
+    for number in range(10_000):
+        os.link(tmp_path / "good.avi", tmp_path / "many" / f"{number}.avi")
+    videos = Videos(tmp_path / "many", video=(4, 16, 16))
+    assert len(videos) == 10_000 and videos.read(9_999).shape == (4, 16, 16, 3)
+    assert count() == before
+
+
+def test_a_packing_that_is_killed_goes_on_and_ends_the_same(tmp_path):
+    source, whole, parts = (tmp_path / name for name in ("source", "whole", "parts"))
+    source.mkdir()
+    raw = write_numbered(source / "0.mp4", size=(160, 120)).read_bytes()
+    for number in range(1, 24):
+        (source / f"{number}.mp4").write_bytes(raw)
+    command = [sys.executable, data.__file__, str(source), str(parts), "--workers", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(parts.glob("*.mp4"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert 3 <= len(list(parts.glob("*.mp4"))) < 24
+    assert all(data.count_or_reason(path) == 40 for path in parts.glob("*.mp4"))  # none is torn
+    data.pack(source, whole)
+    data.pack(source, parts)
+    packed = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (whole, parts)]
+    assert packed[0] == packed[1] and len(packed[0]) == 24 + 1  # with pack.json, without .partial
+
+
 def test_a_file_without_duration_is_read_from_a_random_place_too(tmp_path):
     path = write_numbered(tmp_path / "raw.m4v", format="m4v")
     with av.open(str(path)) as container:
@@ -879,7 +1022,8 @@ TINY_RUN = [
 
 def run(*arguments):
     """train.py in this process: its exit code."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGCHLD", signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         train.main([*map(str, arguments)])
         return 0
@@ -1074,6 +1218,42 @@ def test_the_collapse_control_has_a_latent_target_and_freezes_nothing(tmp_path):
     )
 
 
+def test_a_worker_that_is_killed_ends_the_run_with_one_sentence(folder, tmp_path, monkeypatch, capsys):
+    calls, plain = [], train.step_in_parts
+
+    def killing(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            multiprocessing.active_children()[0].kill()
+        return plain(*arguments)
+
+    monkeypatch.setattr(train, "step_in_parts", killing)
+    out = tmp_path / "run"
+    how = ["--steps", 500, "--out", out, "--data", folder, "--stride", 1, "--workers", 2]
+    assert run(*TINY_RUN, *how) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "train.py: A process that reads clips died, out of memory perhaps. The last checkpoint is kept; "
+        f"go on with --resume --out {out} --workers 1."
+    )
+    assert not multiprocessing.active_children()  # Python would wait for them
+    assert load(out)[1]["step"] == 0
+
+
+def test_a_list_makes_nothing_be_written_outside_of_the_run(folder, tmp_path):
+    raw = (folder / "Run" / "clip 00.MP4").read_bytes()
+    (tmp_path / "outside.mp4").write_bytes(raw)
+    lines = ["../outside.mp4 ../../label", f"{tmp_path}/outside.mp4 /label", "Run/clip 00.MP4 a"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    how = ["--steps", 2, "--data", folder, "--list", tmp_path / "list.txt", "--stride", 1]
+    assert run(*TINY_RUN, *how, "--out", tmp_path / "run") == 0
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    written = {path for path in after if after[path] != before.get(path)}
+    assert (
+        written and all(path.parent == tmp_path / "run" for path in written) and before.keys() <= after.keys()
+    )
+
+
 def test_a_torn_log_line_does_not_stop_resuming(tmp_path):
     out = tmp_path / "run"
     assert run(*TINY_RUN, "--steps", 2, "--out", out) == 0
@@ -1146,7 +1326,10 @@ def test_every_setting_is_a_flag_and_every_flag_a_setting(capsys):
         ("--accumulate 99", "more parts than the batch has clips"),
         ("--target pixels", "--target is for --regime layerlock"),
         ("--regime layerlock --freeze-until 12", "must leave one of 12 blocks to learn"),
-        ("--parallel blocks", "start it by: torchrun --nproc-per-node 4 train.py --blocks 4 --parallel blocks"),
+        (
+            "--parallel blocks",
+            "start it by: torchrun --nproc-per-node 4 train.py --blocks 4 --parallel blocks",
+        ),
         ("--parallel blocks --regime e2e", "--parallel blocks is for --regime simultaneous"),
         ("--device warp", "try --device cpu"),
         ("--data nowhere", "nowhere is not a folder"),

@@ -25,6 +25,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import types
 import typing
 import weakref
@@ -976,6 +977,21 @@ def saved_by_blocks(config):
     return found
 
 
+def explain(error, config):
+    """(Sentence, exit code) for an error in training that a user can do something about; else (None, 1)."""
+    kept = f"The last checkpoint is kept; go on with --resume --out {shlex.quote(config.out)}"
+    if isinstance(error, (BrokenVideos, FloatingPointError)):
+        return error, 2 if isinstance(error, BrokenVideos) else 1
+    if PROCESSES > 1 and re.search("gloo|nccl|distributed", str(error), re.IGNORECASE):
+        return f"Another process has ended, so all end. {kept}.", 1
+    if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
+        less = f"{kept} --workers {config.workers // 2}"
+        return f"A process that reads clips died, out of memory perhaps. {less}.", 1
+    if isinstance(error, OSError):  # a full disk, for example
+        return f"{error}. {kept}.", 1
+    return None, 1
+
+
 def main(arguments=None):
     """Train as the command line says."""
     try:
@@ -991,20 +1007,15 @@ def main(arguments=None):
     config = run[0]
     try:
         signals = train(*run)
-    except BrokenVideos as error:
-        fail(error)
-    except FloatingPointError as error:
-        fail(error, code=1)
-    except (OSError, RuntimeError) as error:
-        reason, resume = str(error).splitlines()[0], f"--resume --out {shlex.quote(config.out)}"
-        if isinstance(error, OSError):
-            fail(f"{reason}. The last checkpoint is kept; when that is mended, go on with {resume}.", code=1)
-        if PROCESSES == 1 or not re.search("gloo|nccl|distributed", str(error), re.IGNORECASE):
+    except Exception as error:
+        # Frees the loader, which ends its workers. Python would wait for them for ever: they ignore SIGTERM.
+        if hasattr(signal, "SIGCHLD"):  # not on Windows; torch's handler would raise again meanwhile
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        traceback.clear_frames(error.__traceback__)
+        sentence, code = explain(error, config)
+        if sentence is None:
             raise
-        fail(
-            f"Another process has ended, so all end. The last checkpoint is kept; go on with {resume}.",
-            code=1,
-        )
+        fail(sentence, code)
     if signals:
         if RANK == 0:
             print(f"stopped and saved; go on with: python train.py --resume --out {shlex.quote(config.out)}")
