@@ -404,6 +404,29 @@ def measure(args, runs):
     return {"runs": results, "linear CKA across runs": across}, by_clip
 
 
+def convergence(runs, results):
+    """LayerLock's observation that shallow layers converge first, on runs that froze some: {title: [numbers]}.
+
+    Of every run of regime layerlock with pixel targets: the step of the first freezing, steps between blocks,
+    blocks frozen in the end, final reconstruction loss, and how much more that is than of e2e runs of the same
+    architecture; nan without one. results: {title: {"reconstruction loss": [by block]}}.
+    """
+
+    def same(run):
+        unlike = ("regime", "blocks", "frozen", "target")
+        return {name: value for name, value in run.model.config.items() if name not in unlike}
+
+    rows = {}
+    for run in runs:
+        settings, loss = run.checkpoint["settings"], results[run.title]["reconstruction loss"][-1]
+        if (settings["regime"], settings.get("target")) == ("layerlock", "pixels"):
+            ends = [r for r in runs if r.model.config["regime"] == "e2e" and same(r) == same(run)]
+            plain = np.mean([results[r.title]["reconstruction loss"][-1] for r in ends]) if ends else math.nan
+            schedule = [settings[f"freeze_{name}"] for name in ("start", "every", "until")]
+            rows[run.title] = [*schedule, loss, loss - plain]
+    return rows
+
+
 # ---- the paper's claims ----
 
 HIGH = ("motion", "agreement", "class", "delta", "higher_side", "sf_difference", "sf_match", "theta_match")
@@ -418,6 +441,8 @@ class Group:
     def __init__(self, runs, results, by_clip):
         config = dict(runs[0].model.config)
         self.regime, self.K, self.name = config.pop("regime"), config.pop("blocks"), runs[0].group
+        for name in ("frozen", "target"):
+            config.pop(name)
         self.config = config  # of the architecture, K aside: only groups of the same one are compared
         self.results = [results[run.title] for run in runs]
         self.by_clip = [by_clip[run.title] for run in runs]
@@ -696,6 +721,10 @@ def analyze(args):
             rows,
         )
 
+    rows = {title: [[v] for v in values] for title, values in convergence(runs, found["runs"]).items()}
+    if rows:
+        columns = ["first at", "then every", "until", "final loss", "above e2e"]
+        print_table("freezing and reconstruction loss", columns, rows)
     print("\nThe paper's claims, by two standard errors over seeds and test clips:")
     if max(len(members) for members in by_name.values()) == 1:
         print("(one seed each: the spread over seeds is unknown and not counted)")

@@ -704,11 +704,16 @@ def leave_signals_to_main(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def loader(source, *, batch, first=0, last, seed=0, workers=0, pin_memory=False):
-    """Batches of training steps first..last-1, the same for any first and any number of workers."""
+def loader(source, *, batch, first=0, last, seed=0, workers=0, part=0, parts=1, pin_memory=False):
+    """Batches of training steps first..last-1, the same for any first and any number of workers.
+
+    part, parts: read only this one of equal parts of every batch, for several processes.
+    """
     how = {"collate_fn": collate, "worker_init_fn": leave_signals_to_main, "pin_memory": pin_memory}
-    steps = range(first * batch, last * batch)
-    return DataLoader(Stream(source, seed=seed), batch_size=batch, sampler=steps, num_workers=workers, **how)
+    size = batch // parts
+    starts = range(first * batch + part * size, last * batch, batch)
+    batches = [range(start, start + size) for start in starts]
+    return DataLoader(Stream(source, seed=seed), batch_sampler=batches, num_workers=workers, **how)
 
 
 def evaluation_loader(source, *, indices=None, batch=32, workers=0):

@@ -4,11 +4,15 @@ In the order of the files: model.py, blockwise.py, data.py, train.py, probe.py, 
 """
 
 import argparse
+import errno
+import faulthandler
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -431,6 +435,58 @@ def test_weights_decay_but_biases_norms_and_mask_tokens_do_not():
         assert all(re.search("bias|norm|mask_token", names[p]) for p in plain["params"])
 
 
+def test_layerlock_freezes_one_block_after_the_other():
+    paper = {"start": 160, "every": 10, "until": 32}  # thousands of steps, 48 layers
+    steps = (0, 159, 160, 169, 170, 469, 470, 1000)
+    assert [blockwise.frozen_blocks(step, **paper) for step in steps] == [0, 0, 1, 1, 2, 31, 32, 32]
+    assert [blockwise.frozen_blocks(step, start=5, every=0, until=3) for step in (4, 5, 9)] == [0, 3, 3]
+    assert blockwise.frozen_blocks(10**6, start=-1, every=1, until=3) == 0
+    config = train.parse(["--regime", "layerlock"])[0]
+    assert config.blocks == 12 and train.freezing(config, 3000) == {"start": 1000, "every": 250, "until": 8}
+
+
+@pytest.mark.parametrize("target", ["pixels", "latent"])
+def test_frozen_layers_stay_bit_equal_ever_after(target):
+    model = toy("layerlock", blocks=4)
+    optimizers, frozen = make_optimizers(model, lr=1e-2), {}
+    for step in range(8):
+        count = blockwise.frozen_blocks(step, start=2, every=2, until=3)
+        if count != model.config["frozen"]:
+            old = {id(p): state["exp_avg"].clone() for p, state in optimizers[-1].state.items()}
+            how = {"frozen": count, "target": count * (target == "latent"), "lr": 1e-2}
+            optimizers = blockwise.switch(model, optimizers, **how)
+            left = optimizers[-1].state  # AdamW's state: of what still learns, and unchanged
+            assert left and all(torch.equal(state["exp_avg"], old[id(p)]) for p, state in left.items())
+            gone = {id(p) for name in model.groups[0] for p in model.blocks[name].parameters()}
+            assert not gone & {id(p) for p in left} and optimizers[0] is None
+            frozen |= {name: weights(model.blocks[name]) for name in model.groups[0] if name not in frozen}
+        before = weights(model.blocks["block4"])
+        losses, norms = train_step(model, optimizers, clips(seed=step), *masks(model, seed=step))
+        assert list(losses) == ["block4"] and set(norms) == {f"block{k}" for k in range(count + 1, 5)}
+        assert differing(before, weights(model.blocks["block4"]))
+        assert not any(differing(was, weights(model.blocks[name])) for name, was in frozen.items())
+        assert all(p.grad is None for name in frozen for p in model.blocks[name].parameters())
+    assert list(frozen) == ["block1", "block2", "block3"]
+
+
+def test_layerlocks_target_is_the_frozen_layers_output_for_the_whole_clip(tmp_path):
+    model = toy("layerlock", blocks=4)
+    video, (visible, masked) = clips(), masks(model)
+    optimizers = blockwise.switch(model, make_optimizers(model), frozen=2, target=2)
+    save(tmp_path / "last.pt", model, optimizers, step=1, settings={})
+    losses, _ = train_step(model, optimizers, video, visible, masked, slices=2)
+    model = load(tmp_path)[0]  # as before the step, the new head included
+    with torch.no_grad():
+        whole = F.layer_norm(model.encode(video)["block2"], (TOY["width"],))
+        expected = torch.stack([tokens[index] for tokens, index in zip(whole, masked)])
+        h = take(patchify(video, model.tubelet), visible)
+        for block in model.blocks.values():
+            h = block(h, visible)
+        found = model.decoders["block4"](h, visible, masked)
+    torch.testing.assert_close(losses["block4"], F.mse_loss(found, expected))
+    assert model.reconstruct(video, visible, masked) == {}  # no pixels are predicted
+
+
 def test_a_checkpoint_holds_all_and_is_only_data(tmp_path):
     model = toy("deep-supervision")
     optimizers = make_optimizers(model)
@@ -625,6 +681,147 @@ def test_packing_refuses_to_mix_folders(tmp_path, capsys):
         assert end.value.code == 2 and sentence in error and len(error.splitlines()) == 1
 
 
+def mutated(raw, rng):
+    """A file's bytes with one kind of damage."""
+    raw, kind = bytearray(raw), rng.integers(6)
+    place, size = int(rng.integers(len(raw))), int(rng.choice([4, 200, 3000]))
+    if kind == 0:  # flipped bits
+        for at in rng.integers(len(raw), size=rng.choice([1, 8, 200])):
+            raw[at] ^= 1 << rng.integers(8)
+    elif kind == 1:  # wrong headers
+        for at in rng.integers(min(len(raw), 1000), size=4):
+            raw[at] = rng.integers(256)
+    elif kind == 2:
+        del raw[place:]
+    elif kind == 3:
+        raw[place : place + size] = bytes(size)
+    elif kind == 4:  # sizes and counts that are far too large
+        raw[place : place + 4] = b"\x7f\xff\xff\xff"
+    else:
+        raw[place:place] = raw[place // 2 : place // 2 + size]
+    return bytes(raw)
+
+
+def read_all(folder, report):
+    """In a process of its own: read every video of a folder in every way; a line of the report for each."""
+    data.MAX_BROKEN = 1.0
+    videos = Videos(folder, video=(4, 16, 16), short="repeat")
+    named = list(videos.broken)
+    with open(report, "w") as file:
+        for index in range(len(videos)):
+            print(videos.name(index), file=file, flush=True)  # the last line names the culprit
+            faulthandler.dump_traceback_later(20, exit=True)
+            for how in ({"start": 1.0, "stride": 1}, {"start": 0.6, "short": "drop"}):
+                try:
+                    clip = read_clip(folder / videos.name(index), video=(4, 16, 16), **how)
+                    assert clip.shape == (4, 16, 16, 3)
+                except data.READ_ERRORS as error:
+                    assert data.reason(error)
+            faulthandler.cancel_dump_traceback_later()
+        for batch in data.evaluation_loader(videos):
+            named += videos.check_broken(batch["broken"])
+        for batch in loader(videos, batch=20, last=5):
+            named += videos.check_broken(batch["broken"])
+        print("broken", len(named), len(set(named)), file=file)
+
+
+def test_damaged_files_neither_crash_nor_hang_the_reader(tmp_path):
+    good, bad, rng = tmp_path / "good", tmp_path / "bad", np.random.default_rng(0)
+    good.mkdir(), bad.mkdir()
+    for name in ("a.mp4", "b.mkv", "c.avi", "d.ts", "e.mov", "f.mpg", "g.flv"):
+        codec = {"mpg": "mpeg2video", "flv": "flv"}.get(name[2:], "mpeg4")
+        write_numbered(good / name, frames=20, size=(48, 32), codec=codec)
+    images = np.arange(20, dtype=np.uint8).repeat(32 * 48 * 3).reshape(20, 32, 48, 3) * 5
+    data.write_video(good / "h.mp4", images, rate=25)  # H.264 with B-frames, where it can be written
+    for name, codec in (("i.webm", "libvpx-vp9"), ("j.webm", "libvpx")):
+        if codec in av.codecs_available:
+            write_numbered(good / name, frames=20, size=(48, 32), codec=codec)
+    files = [(path, path.read_bytes()) for path in sorted(good.iterdir())]
+    for number in range(320):
+        path, raw = files[number % len(files)]
+        (bad / f"{number}{path.suffix}").write_bytes(mutated(raw, rng))
+    process = multiprocessing.get_context("spawn").Process(target=read_all, args=(bad, tmp_path / "report"))
+    process.start()
+    process.join(90)
+    process.kill()
+    *_, last = (tmp_path / "report").read_text().splitlines()
+    assert process.exitcode == 0, f"at {last}"
+    word, found, different = last.split()
+    assert word == "broken" and found == different and 20 < int(found) < 200
+
+
+def test_odd_directory_entries_are_named_or_read(tmp_path):
+    folder, names = (
+        tmp_path / "odd",
+        ["a b.mp4", "ü 日本.mp4", "12:30 %d.mp4", "-x.mp4", "file:y.mp4", "'\".mp4"],
+    )
+    (folder / "folder.mp4").mkdir(parents=True)
+    raw = write_numbered(tmp_path / "good.mp4", frames=16).read_bytes()
+    for number in range(40):
+        names.append(f"{number}.mp4")
+    for name in names:
+        (folder / name).write_bytes(raw)
+    (folder / "link.mp4").symlink_to(folder / "a b.mp4")
+    (folder / "empty.mp4").touch()
+    os.mkfifo(folder / "pipe.mp4")
+    videos = Videos(folder, video=(4, 16, 16))
+    assert {name for name, _ in videos.files} == {*names, "link.mp4"}
+    assert set(videos.broken) == {"empty.mp4", "pipe.mp4"}
+    assert all(videos.read(index).shape == (4, 16, 16, 3) for index in range(len(videos)))
+    (folder / "dangling.mp4").symlink_to("nowhere")
+    (folder / "loop.mp4").symlink_to("loop.mp4")
+    with pytest.raises(data.BrokenVideos, match="4 of 51.*dangling.*empty.*loop.*pipe.mp4 .is not a regular"):
+        Videos(folder, video=(4, 16, 16))
+    with pytest.raises(data.BrokenVideos, match="folder.mp4 .is not a regular file"):
+        (tmp_path / "list.txt").write_text("folder.mp4")
+        Videos(folder, list_file=tmp_path / "list.txt")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts files and threads in /proc")
+def test_two_thousand_reads_and_ten_thousand_files_leave_no_file_or_thread_open(tmp_path):
+    raw = write_numbered(tmp_path / "good.avi", frames=16, size=(16, 16)).read_bytes()
+    (tmp_path / "cut.avi").write_bytes(raw[: len(raw) // 2])
+    (tmp_path / "bad.avi").write_bytes(raw[:40])
+
+    def count():
+        return [len(os.listdir(f"/proc/self/{what}")) for what in ("fd", "task")]
+
+    for number in range(2000):
+        if number == 100:
+            before = count()
+        try:
+            read_clip(tmp_path / f"{('good', 'cut', 'bad')[number % 3]}.avi", video=(4, 16, 16), short="drop")
+        except data.READ_ERRORS:
+            continue
+    (tmp_path / "many").mkdir()
+    for number in range(10_000):
+        os.link(tmp_path / "good.avi", tmp_path / "many" / f"{number}.avi")
+    videos = Videos(tmp_path / "many", video=(4, 16, 16))
+    assert len(videos) == 10_000 and videos.read(9_999).shape == (4, 16, 16, 3)
+    assert count() == before
+
+
+def test_a_packing_that_is_killed_goes_on_and_ends_the_same(tmp_path):
+    source, whole, parts = (tmp_path / name for name in ("source", "whole", "parts"))
+    source.mkdir()
+    raw = write_numbered(source / "0.mp4", size=(160, 120)).read_bytes()
+    for number in range(1, 24):
+        (source / f"{number}.mp4").write_bytes(raw)
+    command = [sys.executable, data.__file__, str(source), str(parts), "--workers", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(parts.glob("*.mp4"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert 3 <= len(list(parts.glob("*.mp4"))) < 24
+    assert all(data.count_or_reason(path) == 40 for path in parts.glob("*.mp4"))  # none is torn
+    data.pack(source, whole)
+    data.pack(source, parts)
+    packed = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (whole, parts)]
+    assert packed[0] == packed[1] and len(packed[0]) == 24 + 1  # with pack.json, without .partial
+
+
 def test_a_file_without_duration_is_read_from_a_random_place_too(tmp_path):
     path = write_numbered(tmp_path / "raw.m4v", format="m4v")
     with av.open(str(path)) as container:
@@ -806,6 +1003,8 @@ def test_every_clip_comes_once_in_every_epoch():
 
 # ---- train.py ----
 
+train.FIXED_CLIPS = 6  # so that the runs below are quick
+
 TINY_RUN = [
     "--frames",
     "8",
@@ -824,7 +1023,8 @@ TINY_RUN = [
 
 def run(*arguments):
     """train.py in this process: its exit code."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGCHLD", signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         train.main([*map(str, arguments)])
         return 0
@@ -839,6 +1039,29 @@ def log_lines(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+def state_of(out):
+    """Everything in a checkpoint that later training depends on."""
+    _, checkpoint = load(out)
+    return {key: checkpoint[key] for key in ("model", "optimizers", "step", "data", "config")}
+
+
+def same(a, b):
+    """Are two nested structures equal, tensors bit for bit?"""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def numbers(out):
+    """The log, without what depends on the machine's mood."""
+    moods = {"clips_per_s", "wait", "memory_mb"}
+    return [{key: value for key, value in line.items() if key not in moods} for line in log_lines(out)]
+
+
 def test_a_run_writes_log_pictures_video_and_checkpoint(tmp_path, capsys):
     out = tmp_path / "run"
     assert run(*TINY_RUN, "--steps", 12, "--out", out) == 0
@@ -851,6 +1074,8 @@ def test_a_run_writes_log_pictures_video_and_checkpoint(tmp_path, capsys):
         "loss",
         "grad_norm",
         "eval_loss",
+        "features",
+        "frozen",
         "clips_per_s",
         "wait",
         "memory_mb",
@@ -921,6 +1146,115 @@ def test_signals_to_the_whole_process_group_save_the_run(tmp_path):
     assert load(out)[1]["step"] == log_lines(out)[-1]["step"] >= 1
 
 
+def test_a_run_killed_ten_times_ends_as_if_it_had_never_been(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.05)
+    how, out, rng = [*TINY_RUN, "--blocks", 1, "--steps", 50], tmp_path / "killed", np.random.default_rng(0)
+    assert run(*how, "--out", tmp_path / "whole") == 0
+    log, reached = out / "log.jsonl", []
+    for _ in range(10):
+        more = ["--resume"] if (out / "last.pt").exists() else how
+        process, before = os.fork(), log.stat().st_mtime_ns if log.exists() else 0
+        if process == 0:
+            try:
+                with open(os.devnull, "w") as sys.stdout, open(os.devnull, "w") as sys.stderr:
+                    run(*more, "--out", out)
+            finally:
+                os._exit(0)
+        steps, patience = rng.integers(0, 6), time.monotonic() + 20
+        while steps and time.monotonic() < patience:  # a kill at any moment, also before the first step
+            time.sleep(0.001)
+            if log.exists() and log.stat().st_mtime_ns != before:
+                before, steps = log.stat().st_mtime_ns, steps - 1
+        time.sleep(rng.uniform(0, 0.05))
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        reached.append(load(out)[1]["step"] if (out / "last.pt").exists() else 0)  # readable at any moment
+    assert reached == sorted(reached) and 3 < len(set(reached)) and reached[-1] < 50
+    assert run("--resume", "--out", out) == 0
+    assert same(state_of(out), state_of(tmp_path / "whole")) and numbers(out) == numbers(tmp_path / "whole")
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, monkeypatch, capsys):
+    out, plain = tmp_path / "run", torch.save
+
+    def full(value, file):
+        if value["step"]:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(value, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert run(*TINY_RUN, "--steps", 2, "--out", out) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in message and f"--resume --out {out}" in message
+    assert load(out)[1]["step"] == 0 and not (out / "last.pt.tmp").exists()
+    monkeypatch.undo()
+    assert run("--resume", "--out", out) == 0 and load(out)[1]["step"] == 2
+
+
+def test_a_crafted_or_damaged_checkpoint_is_refused_and_runs_no_code(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "done"),)
+
+    torch.save({"config": Evil()}, tmp_path / "evil.pt")
+    save(tmp_path / "good.pt", toy(), [], step=0, settings={})
+    (tmp_path / "half.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:-5000])
+    torch.save({"config": {"blocks": 3}, "model": {}}, tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    for name in ("evil", "half", "other", "text"):
+        with pytest.raises(ValueError, match=f"{name}.pt is not a checkpoint of train.py, or is damaged"):
+            load(tmp_path / f"{name}.pt")
+    assert not (tmp_path / "done").exists()
+
+
+def test_the_collapse_control_has_a_latent_target_and_freezes_nothing(tmp_path):
+    out = tmp_path / "run"
+    how = ["--regime", "layerlock", "--blocks", 4, "--freeze-start", -1, "--steps", 3, "--out", out]
+    assert run(*TINY_RUN, *how) == 0
+    assert (load(out)[0].config["frozen"], load(out)[0].config["target"]) == (0, 3)
+    assert not list(out.glob("recon*")) and all(line["features"]["std"] > 0 for line in log_lines(out))
+    assert (
+        train.default_folder(train.parse([*map(str, how[:6])])[0]) == "runs/nano-layerlock-latent-unfrozen-4"
+    )
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_one_sentence(folder, tmp_path, monkeypatch, capsys):
+    calls, plain = [], train.step_in_parts
+
+    def killing(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            multiprocessing.active_children()[0].kill()
+        return plain(*arguments)
+
+    monkeypatch.setattr(train, "step_in_parts", killing)
+    out = tmp_path / "run"
+    how = ["--steps", 500, "--out", out, "--data", folder, "--stride", 1, "--workers", 2]
+    assert run(*TINY_RUN, *how) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "train.py: A process that reads clips died, out of memory perhaps. The last checkpoint is kept; "
+        f"go on with --resume --out {out} --workers 1."
+    )
+    assert not multiprocessing.active_children()  # Python would wait for them
+    assert load(out)[1]["step"] == 0
+
+
+def test_a_list_makes_nothing_be_written_outside_of_the_run(folder, tmp_path):
+    raw = (folder / "Run" / "clip 00.MP4").read_bytes()
+    (tmp_path / "outside.mp4").write_bytes(raw)
+    lines = ["../outside.mp4 ../../label", f"{tmp_path}/outside.mp4 /label", "Run/clip 00.MP4 a"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    how = ["--steps", 2, "--data", folder, "--list", tmp_path / "list.txt", "--stride", 1]
+    assert run(*TINY_RUN, *how, "--out", tmp_path / "run") == 0
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    written = {path for path in after if after[path] != before.get(path)}
+    assert (
+        written and all(path.parent == tmp_path / "run" for path in written) and before.keys() <= after.keys()
+    )
+
+
 def test_a_torn_log_line_does_not_stop_resuming(tmp_path):
     out = tmp_path / "run"
     assert run(*TINY_RUN, "--steps", 2, "--out", out) == 0
@@ -939,7 +1273,7 @@ def test_a_run_is_resumed_only_on_the_same_videos(folder, tmp_path, capsys):
     assert "was started on other videos" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
     out, calls, plain = tmp_path / "run", [], train.step_in_parts
 
     def explode(*arguments):
@@ -950,7 +1284,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         return losses, norms
 
     monkeypatch.setattr(train, "step_in_parts", explode)
-    message = run(*TINY_RUN, "--steps", 6, "--out", out)
+    assert run(*TINY_RUN, "--steps", 6, "--out", out) == 1
+    message = capsys.readouterr().err
     assert "block2 is not finite at step 3" in message and "generated clip" in message
     assert load(out)[1]["step"] == 0
 
@@ -990,6 +1325,13 @@ def test_every_setting_is_a_flag_and_every_flag_a_setting(capsys):
         ("--decode-ratio 0", "--decode-ratio 0.0 must be more than 0 and at most 1"),
         ("--benchmark --blocks 5", "choose --blocks from 1, 2, 3, 4, 6, 12"),
         ("--accumulate 99", "more parts than the batch has clips"),
+        ("--target pixels", "--target is for --regime layerlock"),
+        ("--regime layerlock --freeze-until 12", "must leave one of 12 blocks to learn"),
+        (
+            "--parallel blocks",
+            "start it by: torchrun --nproc-per-node 4 train.py --blocks 4 --parallel blocks",
+        ),
+        ("--parallel blocks --regime e2e", "--parallel blocks is for --regime simultaneous"),
         ("--device warp", "try --device cpu"),
         ("--data nowhere", "nowhere is not a folder"),
         ("--list some.txt", "say which folder with --data"),
@@ -1065,6 +1407,69 @@ def test_learning_rate_warms_up_linearly_and_ends_at_the_minimum():
     rates = [train.learning_rate(config, step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(1e-4) and rates[9] == pytest.approx(1e-3) == max(rates)
     assert all(a > b for a, b in itertools.pairwise(rates[10:])) and 1e-6 < rates[-1] < 2e-6
+
+
+# ---- train.py, in several processes ----
+
+
+def several(count, log, *arguments, die=None):
+    """train.py in several processes, as torchrun starts them: their exit codes. die: (rank, seconds)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(count):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+        processes.append(os.fork())
+        if processes[-1] == 0:
+            try:
+                os.environ |= {name: str(value) for name, value in place.items()} | {
+                    "MASTER_ADDR": "127.0.0.1"
+                }
+                train.RANK, train.PROCESSES = rank, count
+                with open(f"{log}{rank}.txt", "w") as text:
+                    sys.stdout = sys.stderr = text
+                    code = run(*arguments)
+            finally:
+                os._exit(code)
+    if die:
+        time.sleep(die[1])
+        os.kill(processes[die[0]], signal.SIGKILL)
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_a_pipeline_of_blocks_equals_one_process_bit_for_bit(tmp_path, blocks):
+    how = [*TINY_RUN, "--blocks", blocks, "--steps", 5, "--clip", 0.5, "--accumulate", 2]
+    assert run(*how, "--out", tmp_path / "one") == 0
+    how += ["--parallel", "blocks", "--out", tmp_path / "pipeline"]
+    assert several(blocks, tmp_path / "log", *how) == [0] * blocks
+    assert same(state_of(tmp_path / "one"), state_of(tmp_path / "pipeline"))
+    assert numbers(tmp_path / "one") == numbers(tmp_path / "pipeline")
+
+
+def test_two_replicas_learn_what_one_process_learns(tmp_path):
+    how = [*TINY_RUN, "--steps", 5]
+    for regime in ("simultaneous", "e2e"):
+        one, two = tmp_path / f"{regime}-one", tmp_path / f"{regime}-two"
+        assert run(*how, "--regime", regime, "--out", one) == 0
+        assert several(2, tmp_path / "log", *how, "--regime", regime, "--out", two) == [0, 0]
+        for a, b in zip(numbers(one), numbers(two), strict=True):
+            for values in ("loss", "grad_norm"):
+                assert a[values] == pytest.approx(b[values], rel=1e-5)
+
+
+def test_a_rank_that_dies_ends_all_and_loses_nothing(tmp_path):
+    for parallel in ("data", "blocks"):
+        out = tmp_path / parallel
+        how = [*TINY_RUN, "--blocks", 2, "--steps", 5000, "--parallel", parallel, "--out", out]
+        codes = several(2, tmp_path / "log", *how, die=(1, 2.0))
+        assert codes == [1, -signal.SIGKILL]
+        message = (tmp_path / "log0.txt").read_text().splitlines()[-1]
+        assert (
+            message.startswith("train.py: Another process has ended") and f"--resume --out {out}" in message
+        )
+        assert load(out)[1]["step"] == 0
 
 
 # ---- probe.py ----

@@ -3,6 +3,8 @@
     python train.py --blocks 4                                           # generated clips, minutes on a CPU
     python train.py --blocks 4 --data VIDEOS --stride 2 --short repeat   # your own videos
     python train.py --size tiny --data UCF-101 --list trainlist01.txt    # the paper's recipe, for a GPU
+    torchrun --nproc-per-node 2 train.py ...                             # batches shared by two processes
+    torchrun --nproc-per-node 4 train.py --blocks 4 --parallel blocks    # a process for each block
     python train.py --help                                               # every setting
 
 Römer & Dickscheid, arXiv 2601.09040, Sec. 3. The method is train_step() in blockwise.py; this file feeds it.
@@ -16,10 +18,14 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
+import re
 import shlex
 import signal
 import sys
+import threading
 import time
+import traceback
 import types
 import typing
 import weakref
@@ -31,13 +37,29 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.compiler import set_stance
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from blockwise import REGIMES, Blockwise, count_parameters, load, make_optimizers, save, train_step
+from analyze import spectrum
+from blockwise import (
+    REGIMES,
+    Alone,
+    Blockwise,
+    Pipeline,
+    Replicas,
+    count_parameters,
+    frozen_blocks,
+    load,
+    load_optimizers,
+    make_optimizers,
+    save,
+    switch,
+    train_step,
+)
 from data import READ_ERRORS, BrokenVideos, Scenes, Videos, loader, tile, write_picture, write_video
 from model import SIZES, normalized_targets, patchify, take, tube_mask, unpatchify
 
@@ -64,7 +86,9 @@ class Config:
     size: Literal["nano", "tiny", "small", "base"] = option(
         "nano", "model: tiny and small are the paper's, nano suits a laptop"
     )
-    blocks: int = option(4, "K, blocks of the encoder; for e2e, where its representation is read", 1)
+    blocks: int = option(
+        4, "K, blocks of the encoder; for e2e, where its representation is read (layerlock: 12)", 1
+    )
     regime: Literal[tuple(REGIMES)] = option("simultaneous", "who learns from which loss (Sec. 3.1)")
     decoder_depth: int | None = option(None, "layers of each local decoder (paper: 4; nano: 1)", 1)
     frames: int | None = option(None, "frames of a clip (paper: 16)", 1)
@@ -76,6 +100,17 @@ class Config:
     decode_ratio: float = option(
         1.0, "share of the masked tokens that the decoders see and predict, drawn at random (paper: 1)"
     )
+
+    target: Literal["latent", "pixels"] = option(
+        "latent", "layerlock: what is predicted once a block is frozen, its output or still pixels"
+    )
+    freeze_start: int | None = option(
+        None, "layerlock: steps before the first block is frozen; -1: none ever (default: 1/3 of all)", -1
+    )
+    freeze_every: int | None = option(
+        None, "layerlock: steps from one block to the next; 0: all at once (default: up to the end)", 0
+    )
+    freeze_until: int | None = option(None, "layerlock: blocks frozen in the end (default: 2/3 of K)", 1)
 
     data: str | None = option(None, "folder of videos; without it, clips are generated")
     list: str | None = option(None, "file of lines `path [label]`, relative to --data: use these videos only")
@@ -114,6 +149,9 @@ class Config:
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "bf16: autocast; auto is bf16 on cuda, else fp32")
     compile: bool = option(False, "torch.compile the blocks and decoders")
     workers: int | None = option(None, "processes that read clips (default: from the number of cores)", 0)
+    parallel: Literal["data", "blocks"] = option(
+        "data", "what several processes of torchrun share: every batch, or the blocks, one each"
+    )
     out: str | None = option(None, "folder of the run (default: runs/NAME, named after the settings)")
     resume: bool = option(
         False, "go on with the run in --out, from its last checkpoint and with its settings"
@@ -127,10 +165,14 @@ class Config:
 # ---- settings ----
 
 
-def fail(message):
-    """End the program for a mistake that the user can mend: one sentence, exit code 2."""
-    print(f"train.py: {message}", file=sys.stderr)
-    sys.exit(2)
+RANK, PROCESSES = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def fail(message, code=2):
+    """End the program with one sentence; exit code 2 is for a mistake that the user can mend."""
+    time.sleep(min(RANK, 1) * 2)  # if rank 0 fails too, torchrun ends the others before they repeat it
+    tqdm.write(f"train.py{f', process {RANK}' if RANK else ''}: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 class Parser(argparse.ArgumentParser):
@@ -177,8 +219,13 @@ def parse(arguments=None):
         raise ValueError(f"--decode-ratio {given['decode_ratio']} must be more than 0 and at most 1.")
     if {"steps", "epochs"} <= set(given):
         raise ValueError("--steps and --epochs both say how long to train; give one of them.")
+    if given.get("regime") != "layerlock" and not given.get("resume"):
+        for name in given.keys() & {"target", "freeze_start", "freeze_every", "freeze_until"}:
+            raise ValueError(f"{flag(name)} is for --regime layerlock.")
     if "list" in given and "data" not in given:
         raise ValueError("--list names videos relative to a folder; say which folder with --data.")
+    if given.get("regime") == "layerlock":  # one layer at a time
+        return Config(**({"blocks": 12} | given)), set(given)
     return Config(**given), set(given)
 
 
@@ -193,6 +240,8 @@ def complete(config):
         else:
             config.device, why = "cpu", f"no GPU found; {torch.get_num_threads()} threads"
     cuda = config.device.startswith("cuda")
+    if config.device == "cuda" and PROCESSES > 1:
+        config.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=config.device)
         if cuda:
@@ -215,6 +264,12 @@ def complete(config):
         raise ValueError(
             f"--accumulate {config.accumulate} is more parts than the batch has clips, {config.batch}."
         )
+    check_processes(config)
+    if REGIMES[config.regime].freezing and (config.freeze_until or 1) >= config.blocks:
+        raise ValueError(
+            f"--freeze-until {config.freeze_until or 1} must leave one of {config.blocks} blocks to learn; "
+            "--blocks says how many there are."
+        )
     if config.decoder_slices is None:  # two clips keep the buffers small, which makes a CPU faster too
         config.decoder_slices = (
             math.ceil(config.batch / config.accumulate / 2) if config.device == "cpu" else 1
@@ -222,11 +277,31 @@ def complete(config):
     return f"{config.device} ({why}), {config.dtype}"
 
 
+def check_processes(config):
+    """ValueError, if the settings do not suit the number of processes."""
+    if config.parallel == "data" and config.batch % PROCESSES:
+        raise ValueError(
+            f"{PROCESSES} processes cannot share a batch of {config.batch} equally; change --batch."
+        )
+    if config.parallel == "blocks":
+        if config.regime != "simultaneous" or config.compile:
+            raise ValueError("--parallel blocks is for --regime simultaneous, without --compile.")
+        if PROCESSES != config.blocks:
+            start = f"torchrun --nproc-per-node {config.blocks} train.py"
+            raise ValueError(
+                f"--parallel blocks wants a process for each of {config.blocks} blocks, not {PROCESSES}; start "
+                f"it by: {start} --blocks {config.blocks} --parallel blocks ..."
+            )
+
+
 def default_folder(config):
     """Folder of a run that is not given one: named after what sets runs apart."""
     data = f"-{Path(config.data).resolve().name}" if config.data else ""
     seed = f"-seed{config.seed}" if config.seed else ""
-    return f"runs/{config.size}-{config.regime}-{config.blocks}{data}{seed}"
+    regime = config.regime
+    if regime == "layerlock":
+        regime += f"-{config.target}" + ("-unfrozen" if config.freeze_start == -1 else "")
+    return f"runs/{config.size}-{regime}-{config.blocks}{data}{seed}"
 
 
 def command(config, **changes):
@@ -235,7 +310,9 @@ def command(config, **changes):
     complete(plain)
     for f in fields(Config):
         value = changes.get(f.name, getattr(config, f.name))
-        if f.name not in ("device", "workers", "out", "resume") and value != getattr(plain, f.name):
+        if f.name not in ("device", "workers", "parallel", "out", "resume") and value != getattr(
+            plain, f.name
+        ):
             values = value if isinstance(value, tuple) else () if value is True else (value,)
             parts += [flag(f.name), *map(str, values)]
     return shlex.join(parts)
@@ -245,7 +322,7 @@ def resumed(config, given):
     """Settings, model and checkpoint of the run in --out. It may run elsewhere, but not otherwise."""
     model, checkpoint = load(config.out)
     saved = checkpoint["settings"]
-    elsewhere = {"resume", "out", "device", "workers", "data", "list"}
+    elsewhere = {"resume", "out", "device", "workers", "parallel", "data", "list"}
     for name in given - elsewhere:
         value = getattr(config, name)
         if value not in (saved[name], "auto"):
@@ -253,7 +330,8 @@ def resumed(config, given):
                 f"{config.out} was started with {flag(name)} {saved[name]}, not {value}; leave it out to go "
                 "on with that run, or start another one with --out."
             )
-    here = {"device": config.device, "workers": config.workers, "out": config.out, "resume": True}
+    here = {"out": config.out, "resume": True}
+    here |= {name: getattr(config, name) for name in ("device", "workers", "parallel")}
     here |= {name: getattr(config, name) for name in {"data", "list"} & given}
     return Config(**(saved | here)), model, checkpoint
 
@@ -273,7 +351,7 @@ def set_up(config, given):
     out, model, checkpoint = Path(config.out), None, None
     if config.resume:
         config, model, checkpoint = resumed(config, given)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.name != "last.pt.tmp" for path in out.iterdir())):
         raise ValueError(
             f"{out} is in use; go on with that run by --resume, or choose another folder with --out."
         )
@@ -314,7 +392,10 @@ def describe(config, model, source, where, done, total):
     counts = count_parameters(model)
     listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     print(f"parameters: {listed}; in all {sum(counts.values()):,}")
-    if config.device == "cpu":
+    if PROCESSES > 1:
+        each = "part of every batch" if config.parallel == "data" else "block"
+        print(f"{total - done} steps in {PROCESSES} processes, a {each} in each")
+    elif config.device == "cpu":
         minutes = estimate(config, model, total - done) / 60
         duration = f"{minutes:.0f} minutes" if minutes < 100 else f"{minutes / 60:.0f} hours"
         print(f"{total - done} steps, about {duration} here")
@@ -341,20 +422,37 @@ class Log:
     """log.jsonl and the progress bar, with clips per second and the share of time spent waiting for clips."""
 
     def __init__(self, path, done, total):
-        """done: steps that the checkpoint holds. What a stopped run has logged after them is cut off."""
+        """done: steps that the checkpoint holds. What a stopped run has logged after them is cut off.
+
+        path: None for neither file nor bar.
+        """
+        self.path, self.clips, self.waited, self.since = path, 0, 0.0, time.perf_counter()
+        self.bar = tqdm(total=total, initial=done, unit=" steps", mininterval=1, disable=path is None)
+        if path is None:
+            return
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # the last one may be torn
         path.write_text("".join(line for line in whole if json.loads(line)["step"] <= done))
-        self.path, self.clips, self.waited, self.since = path, 0, 0.0, time.perf_counter()
-        self.bar = tqdm(total=total, initial=done, unit=" steps", mininterval=1)
 
-    def next(self, batches):
-        """The next batch, on the clock."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def next(self, batches, source):
+        """The next batch, on the clock; broken videos are named."""
         start = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - start
-        self.clips += len(batch["video"])
+        for path, reason in source.check_broken(batch["broken"]).items():
+            self.bar.write(f"broken, the next good video takes its place: {path} ({reason})")
         return batch
+
+    def step(self, clips):
+        """One optimizer step on so many clips."""
+        self.clips += clips
+        self.bar.update()
 
     def write(self, record):
         """Write one line; it also goes to the screen if it has an eval_loss."""
@@ -397,6 +495,8 @@ def draw(model, clips, path, blocks):
     video, visible, masked = clips
     predictions = model.reconstruct(video, visible, masked)
     predictions = {name: prediction for name, prediction in predictions.items() if name in blocks}
+    if not predictions:
+        return {}  # the decoder predicts no pixels: there is nothing to see
     patches = patchify(video, model.tubelet).float()  # (B, N, P)
     target, mean, std = normalized_targets(take(patches, masked) / 255)  # (B, M, P)
     losses = {name: F.mse_loss(prediction.float(), target).item() for name, prediction in predictions.items()}
@@ -424,7 +524,20 @@ def draw(model, clips, path, blocks):
     return losses
 
 
+@torch.no_grad()
+def spread_of(model, video):
+    """Do the final features of clips still differ? {"std": mean over dimensions, "effective_rank": float}.
+
+    Both fall when a representation collapses. video: (B, T, H, W, C).
+    """
+    x = list(model.encode(video).values())[-1].mean(dim=1)  # (B, D)
+    return {"std": x.std(dim=0).mean().item(), "effective_rank": spectrum(x)["effective_rank"]}
+
+
 # ---- training ----
+
+FIXED_CLIPS = 32  # that the pictures and eval_loss are of
+SAVE_SECONDS = 60  # between checkpoints: what a kill loses, at most
 
 
 def compile_parts(model):
@@ -443,6 +556,48 @@ def learning_rate(config, step, steps):
     return config.min_lr + (config.lr - config.min_lr) * cosine
 
 
+def freezing(config, steps):
+    """LayerLock's schedule, the arguments of frozen_blocks(); settings left open are filled in for so many steps."""
+    # Scaled from the paper's ViT-G: 160K steps of pixels, then 32 of 48 layers, one every 10K steps.
+    if config.freeze_until is None:
+        config.freeze_until = max(1, round(2 / 3 * config.blocks))
+    if config.freeze_start is None:
+        config.freeze_start = steps // 3
+    if config.freeze_every is None:
+        config.freeze_every = max(1, (steps - max(0, config.freeze_start)) // config.freeze_until)
+    return {"start": config.freeze_start, "every": config.freeze_every, "until": config.freeze_until}
+
+
+def follow_schedule(config, model, optimizers, step, steps, hyper):
+    """LayerLock: switch to what the schedule says for a step. Returns (optimizers, did anything change?)."""
+    if not REGIMES[config.regime].freezing:
+        return optimizers, False
+    schedule = freezing(config, steps)
+    frozen = target = frozen_blocks(step, **schedule)
+    if config.target == "pixels":
+        target = 0
+    elif config.freeze_start == -1:  # the control: a latent target without freezing
+        target = schedule["until"]
+    if (frozen, target) == (model.config["frozen"], model.config["target"]):
+        return optimizers, False
+    torch.manual_seed(config.seed)  # of the new head: the same after resuming
+    return switch(model, optimizers, frozen=frozen, target=target, **hyper), True
+
+
+def set_learning_rate(config, optimizers, step, steps):
+    """The learning rate of a step, given to all optimizers."""
+    lr = learning_rate(config, step, steps)
+    if REGIMES[config.regime].freezing:
+        # Paper does not say: the length of the warm-up after every switch. Ours is the same share as at the start.
+        schedule = freezing(config, steps)
+        frozen, warm = frozen_blocks(step, **schedule), round(config.warmup * schedule["every"])
+        since = step - schedule["start"] - schedule["every"] * (frozen - 1)
+        lr *= min(1, (since + 1) / warm) if frozen and warm else 1
+    for group in [group for optimizer in optimizers if optimizer for group in optimizer.param_groups]:
+        group["lr"] = lr
+    return lr
+
+
 def masks_of_step(config, model, step):
     """The tube masks of one step's batch, a pure function of (seed, step): indices (B, V) and (B, M)."""
     seed = int(np.random.SeedSequence((config.seed, 2, step)).generate_state(1)[0])
@@ -456,9 +611,10 @@ def masks_of_step(config, model, step):
     return visible.to(config.device), masked.to(config.device)
 
 
-def fixed_clips(config, model, source, count=32):
+def fixed_clips(config, model, source):
     """Clips and masks for the pictures and eval_loss: of the test split, or, of videos, those trained on."""
     source, videos = source if config.data else Scenes("test", video=model.video), []
+    count = FIXED_CLIPS
     for index in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int):
         try:
             videos.append(torch.from_numpy(source.read(int(index))))
@@ -477,12 +633,13 @@ def autocast_dtype(config):
     return torch.bfloat16 if config.dtype == "bf16" else None
 
 
-def step_in_parts(config, model, optimizers, video, visible, masked):
+def step_in_parts(config, model, optimizers, video, visible, masked, reduce=None):
     """train_step() on a batch computed in --accumulate parts. Returns its losses and gradient norms."""
     losses, count = {}, config.accumulate
     for part, tensors in enumerate(zip(*(x.tensor_split(count) for x in (video, visible, masked))), start=1):
         how = {"dtype": autocast_dtype(config), "clip": config.clip, "slices": config.decoder_slices}
-        share = len(tensors[0]) / len(video)
+        how["reduce"] = reduce
+        share = len(tensors[0]) / config.batch
         last = part == count
         of_part, norms = train_step(model, optimizers, *tensors, share=share, complete=last, **how)
         losses = {name: losses.get(name, 0.0) + share * loss for name, loss in of_part.items()}
@@ -508,13 +665,6 @@ def catch_signals():
     return caught
 
 
-def load_optimizers(optimizers, states):
-    """Give every optimizer its state from a checkpoint."""
-    for optimizer, state in zip(optimizers, states, strict=True):
-        if optimizer is not None:
-            optimizer.load_state_dict(state)
-
-
 def save_run(config, model, optimizers, source, done):
     """Write the run's checkpoint."""
     what = {"step": done, "settings": asdict(config), "data": source.fingerprint}
@@ -523,72 +673,101 @@ def save_run(config, model, optimizers, source, done):
 
 def start_folder(config, model, source, checkpoint):
     """Make the folder of a new run, with a checkpoint of step 0: from here on it can be resumed."""
+    out = Path(config.out)
     if checkpoint is None:
-        out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
         save_run(config, model, [], source, done=0)
+    if not (out / "config.json").exists():
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+
+
+def start_processes(config):
+    """This process's part in the run."""
+    if PROCESSES == 1:
+        return Alone()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if config.device.startswith("cuda") else "gloo")
+    return Pipeline(batch=config.batch, device=config.device) if config.parallel == "blocks" else Replicas()
+
+
+def read_batches(config, source, team, done, total):
+    """This process's part of every batch, or nothing where another one reads them."""
+    if not team.reads:
+        return itertools.repeat({"video": None, "index": [], "broken": {}})
+    feed = {"batch": config.batch, "seed": config.seed, "workers": config.workers, "parts": team.parts}
+    feed |= {"part": team.rank, "pin_memory": config.device.startswith("cuda")}
+    return iter(loader(source, first=done, last=total, **feed))
 
 
 def train(config, model, source, checkpoint, where):
     """The training loop, from the checkpoint to the end or to a signal. Returns the signals caught."""
-    signals, out, cpu = catch_signals(), Path(config.out), config.device == "cpu"
+    signals, out, cpu, team = (
+        catch_signals(),
+        Path(config.out),
+        config.device == "cpu",
+        start_processes(config),
+    )
     done = checkpoint["step"] if checkpoint else 0
     steps = config.steps or max(1, math.ceil(config.epochs * len(source) / config.batch))  # of one stage
-    total = steps * model.stages
-    describe(config, model, source, where, done, total)
+    total, leads, saved = steps * model.stages, team.rank == 0, time.monotonic()
+    if REGIMES[config.regime].freezing:
+        freezing(config, steps)
     hyper = {"lr": config.lr, "betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
-    optimizers = make_optimizers(model, stage=done // steps, **hyper)
+    optimizers = make_optimizers(model, stage=min(done // steps, model.stages - 1), **hyper)
     if done % steps:
         load_optimizers(optimizers, checkpoint["optimizers"])
+    if leads:
+        describe(config, model, source, where, done, total)
+        clips = fixed_clips(config, model, source)
+        start_folder(config, model, source, checkpoint)
     if config.compile:
         compile_parts(model)
-    clips, saved = fixed_clips(config, model, source), time.monotonic()
-    start_folder(config, model, source, checkpoint)
-    feed = {"batch": config.batch, "seed": config.seed, "workers": config.workers}
-    batches = iter(
-        loader(source, first=done, last=total, pin_memory=config.device.startswith("cuda"), **feed)
-    )
-    log, ends = Log(out / "log.jsonl", done, total), done == total
+    whole, (model, optimizers) = model, team.take_part(model, optimizers)
+    batches = read_batches(config, source, team, done, total)
+    ends = done == total
 
-    while not ends:
-        stage, step = divmod(done, steps)
-        if step == 0:  # sequential: each stage has a fresh optimizer and schedule
-            optimizers = make_optimizers(model, stage=stage, **hyper)
-        lr = learning_rate(config, step, steps)
-        for group in [group for optimizer in optimizers if optimizer for group in optimizer.param_groups]:
-            group["lr"] = lr
+    with Log(out / "log.jsonl" if leads else None, done, total) as log:
+        while not ends:
+            stage, step = divmod(done, steps)
+            if step == 0 and stage > 0:  # sequential: each stage has a fresh optimizer and schedule
+                optimizers = make_optimizers(model, stage=stage, **hyper)
+            optimizers, switched = follow_schedule(config, model, optimizers, step, steps, hyper)
+            lr = set_learning_rate(config, optimizers, step, steps)
+            batch = log.next(batches, source)
+            video = team.pass_on(batch["video"]).to(config.device, non_blocking=True)
+            masks = [team.share(index) for index in masks_of_step(config, model, done)]
+            losses, norms = step_in_parts(config, model, optimizers, video, *masks, team.reduce)
+            done += 1
+            log.step(config.batch)
 
-        batch = log.next(batches)
-        for path, reason in source.check_broken(batch["broken"]).items():
-            log.bar.write(f"broken, the next good video takes its place: {path} ({reason})")
-        video = batch["video"].to(config.device, non_blocking=True)
-        losses, norms = step_in_parts(config, model, optimizers, video, *masks_of_step(config, model, done))
-        done += 1
-        log.bar.update()
-
-        ends = done == total or bool(signals)
-        draws = ends or done == 1 or done % max(1, total // 10) == 0
-        logs = draws or done % min(50, max(1, total // 100)) == 0
-        if logs or cpu:  # on a GPU, looking at a number waits for it
-            losses, norms = ({name: x.item() for name, x in values.items()} for values in (losses, norms))
-            check_finite(losses, norms, done, lr, [source.name(index) for index in batch["index"]])
-        if logs:
-            record = {"step": done, "epoch": round(done * config.batch / len(source), 4), "lr": lr}
-            record |= {"loss": losses, "grad_norm": norms}
-            if draws:
-                reached = [name for group in model.groups[: len(optimizers)] for name in group]
-                record["eval_loss"] = draw(model, clips, out / f"recon_{done:06d}.png", reached)
-            log.write(record)
-            if ends or time.monotonic() - saved > 60:
-                save_run(config, model, optimizers, source, done)
-                saved = time.monotonic()
-    log.bar.close()
-    if done == total:
-        losses = draw(model, clips, out / "recon.mp4", model.blocks)
-        print(
-            "reconstruction loss by block:", ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-        )
+            stop, due = team.agree(bool(signals), leads and time.monotonic() - saved > SAVE_SECONDS)
+            ends = done == total or stop
+            draws = ends or switched or done == 1 or done % max(1, total // 10) == 0
+            logs = draws or done % min(50, max(1, total // 100)) == 0
+            if logs or cpu:  # on a GPU, looking at a number waits for it
+                losses, norms = ({name: x.item() for name, x in values.items()} for values in (losses, norms))
+                check_finite(losses, norms, done, lr, [source.name(index) for index in batch["index"]])
+            if not logs:
+                continue
+            losses, norms = team.collect(losses, norms)
+            if draws or due:
+                whole, of_whole = team.whole(model, optimizers)
+            if leads:
+                record = {"step": done, "epoch": round(done * config.batch / len(source), 4), "lr": lr}
+                record |= {"loss": losses, "grad_norm": norms}
+                if draws:
+                    reached = [name for group in whole.groups[: len(of_whole)] for name in group]
+                    record["eval_loss"] = draw(whole, clips, out / f"recon_{done:06d}.png", reached)
+                    record |= {"features": spread_of(whole, clips[0]), "frozen": whole.config["frozen"]}
+                log.write(record)
+                if ends or due:
+                    save_run(config, whole, of_whole, source, done)
+                    saved = time.monotonic()
+    if done == total and leads:
+        losses = draw(whole, clips, out / "recon.mp4", whole.blocks)
+        words = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        if words:
+            print("reconstruction loss by block:", words)
+            print(f"  (predicting the mean of every tubelet gives 1.0; {out}/recon.mp4 shows it)")
     return signals
 
 
@@ -635,6 +814,16 @@ def summed_loss(model, video, visible, masked, dtype=None):
     return total
 
 
+def end_with_parent():
+    """For a process of its own: leave no orphan behind when the benchmark is killed."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 @functools.cache
 def prepared(settings):
     """For a process of its own: (model, a training step of the settings as a function, memory before)."""
@@ -669,12 +858,57 @@ def costs(settings):
     """What a step costs apart from time: FLOPs, bytes of saved activations, megabytes of memory."""
     model, step, before = prepared(settings)
     memory = peak_memory() - before
+    return costs_of_step(model, step) | {"memory_mb": memory}
+
+
+def costs_of_step(model, step):
+    """FLOPs and megabytes of saved activations of a training step, a function without arguments."""
     # Fused attention and compiled code would hide FLOPs from the counter.
     with sdpa_kernel(SDPBackend.MATH), set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         step()
     with saved_bytes(model) as saved:
         step()
-    return {"flops": counter.get_total_flops(), "saved_mb": saved["peak"] / 2**20, "memory_mb": memory}
+    return {"flops": counter.get_total_flops(), "saved_mb": saved["peak"] / 2**20}
+
+
+def benchmark_freezing(config):
+    """Print what LayerLock's run costs in each phase, and in all, against e2e in a run of the same length."""
+    steps, where = config.steps or 3000, complete(config)
+    schedule = freezing(config, steps)
+    batch, found = None, {}
+    frozen = [frozen_blocks(step, **schedule) for step in range(steps)]
+    for target in ("pixels", "latent"):
+        torch.manual_seed(0)
+        model = Blockwise(**model_arguments(config)).to(config.device).train()
+        optimizers = make_optimizers(model)
+        if batch is None:
+            video = torch.zeros(config.batch, *model.video, 3, dtype=torch.uint8, device=config.device)
+            batch = (video, *masks_of_step(config, model, 0))
+        for count in tqdm(sorted(set(frozen)), f"target {target}", leave=False):
+            if count:
+                optimizers = switch(model, optimizers, frozen=count, target=count * (target == "latent"))
+            step = functools.partial(step_in_parts, config, model, optimizers, *batch)
+            learning = sum(p.numel() for group in optimizers[-1].param_groups for p in group["params"])
+            # Of every weight that learns, its gradient and AdamW's two moments.
+            found[target, count] = costs_of_step(model, step) | {"state_mb": 3 * 4 * learning / 2**20}
+    print(f"{config.size}, K = {config.blocks}, {steps} steps of {config.batch} clips, {where}")
+    for (target, count), row in found.items():
+        if (target, count) == ("latent", 0):
+            continue  # the phase before the first switch is the same
+        print(
+            f"{count:2} frozen, target {target:6}: {frozen.count(count):5} steps of "
+            f"{row['flops'] / 1e9:6.1f} GFLOP, {row['saved_mb']:6.1f} MB of saved activations, "
+            f"{row['state_mb']:6.1f} MB of gradients and optimizer state"
+        )
+    plain = found["pixels", 0]
+    for target in ("pixels", "latent"):
+        flops = sum(found[target, count]["flops"] for count in frozen) / (steps * plain["flops"]) - 1
+        memory = [sum(found[target, count][name] for name in ("saved_mb", "state_mb")) for count in frozen]
+        memory = np.array(memory) / (plain["saved_mb"] + plain["state_mb"]) - 1
+        print(
+            f"the whole run, target {target:6}: {flops:+.1%} FLOPs, {memory.mean():+.1%} of this memory on "
+            f"average, {memory[-1]:+.1%} in the last step, against e2e"
+        )
 
 
 def benchmark(config, regimes):
@@ -692,7 +926,7 @@ def benchmark(config, regimes):
     cases = {name: tuple(asdict(case).items()) for name, case in cases.items()}
     found = {}
     with contextlib.ExitStack() as stack:
-        new = functools.partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"))
+        new = functools.partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), end_with_parent)
         processes = {name: stack.enter_context(new()) for name in cases}
         seconds = {name: [] for name in cases}
         for _, name in tqdm(list(itertools.product(range(2 + rounds), cases)), "steps", leave=False):
@@ -743,27 +977,54 @@ def saved_by_blocks(config):
     return found
 
 
+def explain(error, config):
+    """(Sentence, exit code) for an error in training that a user can do something about; else (None, 1)."""
+    kept = f"The last checkpoint is kept; go on with --resume --out {shlex.quote(config.out)}"
+    if isinstance(error, (BrokenVideos, FloatingPointError)):
+        return error, 2 if isinstance(error, BrokenVideos) else 1
+    if PROCESSES > 1 and re.search("gloo|nccl|distributed", str(error), re.IGNORECASE):
+        return f"Another process has ended, so all end. {kept}.", 1
+    if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
+        less = f"{kept} --workers {config.workers // 2}"
+        return f"A process that reads clips died, out of memory perhaps. {less}.", 1
+    if isinstance(error, OSError):  # a full disk, for example
+        return f"{error}. {kept}.", 1
+    return None, 1
+
+
 def main(arguments=None):
     """Train as the command line says."""
     try:
         config, given = parse(arguments)
         if config.benchmark:
-            return benchmark(config, [config.regime] if "regime" in given else list(REGIMES))
+            if config.regime == "layerlock":
+                return benchmark_freezing(config)
+            regimes = [name for name, regime in REGIMES.items() if not regime.freezing]
+            return benchmark(config, [config.regime] if "regime" in given else regimes)
         run = set_up(config, given)
     except ValueError as error:
         fail(error)
     config = run[0]
     try:
         signals = train(*run)
-    except BrokenVideos as error:
-        fail(error)
-    except FloatingPointError as error:
-        sys.exit(f"train.py: {error}")
+    except Exception as error:
+        # Frees the loader, which ends its workers. Python would wait for them for ever: they ignore SIGTERM.
+        if hasattr(signal, "SIGCHLD"):  # not on Windows; torch's handler would raise again meanwhile
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        traceback.clear_frames(error.__traceback__)
+        sentence, code = explain(error, config)
+        if sentence is None:
+            raise
+        fail(sentence, code)
     if signals:
-        print(f"stopped and saved; go on with: python train.py --resume --out {shlex.quote(config.out)}")
+        if RANK == 0:
+            print(f"stopped and saved; go on with: python train.py --resume --out {shlex.quote(config.out)}")
         sys.exit(128 + signals[0])
-    print(f"  (predicting the mean of every tubelet gives 1.0; {config.out}/recon.mp4 shows it)")
-    print("next, to compare:", command(config, regime="simultaneous" if config.regime == "e2e" else "e2e"))
+    if RANK > 0:
+        return
+    other = {"regime": "simultaneous" if config.regime == "e2e" else "e2e", "target": Config.target}
+    other |= dict.fromkeys(("freeze_start", "freeze_every", "freeze_until"))
+    print("next, to compare:", command(config, **other))
 
 
 if __name__ == "__main__":
