@@ -656,6 +656,19 @@ def plot_pruning(results, folder):
     plt.close(figure)
 
 
+def plot_memory(saved, path, *, title=""):
+    """Draw the saved activations of a training step against K. saved: {K: {way: megabytes}}."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    for way in next(iter(saved.values())):
+        axis.plot(list(saved), [row[way] for row in saved.values()], marker="o", label=way)
+    axis.set(yscale="log", xticks=list(saved), xlabel="blocks K", ylabel="saved activations, MB", title=title)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 # ---- command line ----
 
 

@@ -44,7 +44,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from analyze import spectrum
+from analyze import plot_memory, spectrum
 from blockwise import (
     REGIMES,
     Alone,
@@ -955,6 +955,9 @@ def benchmark(config, regimes):
         "saved_mb_by_blocks": by_blocks,
     }
     (out / "benchmark.json").write_text(json.dumps(found, indent=1) + "\n")
+    with contextlib.suppress(ValueError):  # no matplotlib: no picture of the second table
+        plot_memory(by_blocks, out / "memory.png", title=f"{config.size}, batch {config.batch}")
+    print(f"\n{out}/benchmark.json" + f", {out}/memory.png" * (out / "memory.png").exists())
 
 
 def saved_by_blocks(config):
