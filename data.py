@@ -775,7 +775,8 @@ def write_video(path, images, *, rate=8, codec=None, options=None):
     codec = codec or ("libx264" if "libx264" in av.codecs_available else "mpeg4")
     height, width = (size // 2 * 2 for size in first.shape[:2])  # both codecs want even sizes
     with av.open(f"file:{path}", "w", format="mp4") as container:
-        stream = container.add_stream(codec, rate=rate, options=options or {})
+        quick = {"preset": "ultrafast"} if codec == "libx264" else {}
+        stream = container.add_stream(codec, rate=rate, options=options or quick)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         for image in itertools.chain([first], images):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:height, :width]), format="rgb24")
