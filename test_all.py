@@ -1448,12 +1448,31 @@ def test_a_pipeline_of_blocks_equals_one_process_bit_for_bit(tmp_path, blocks):
     assert numbers(tmp_path / "one") == numbers(tmp_path / "pipeline")
 
 
-def test_two_replicas_learn_what_one_process_learns(tmp_path):
-    how = [*TINY_RUN, "--steps", 5]
+def test_two_replicas_learn_what_one_process_learns_also_after_resuming(tmp_path, monkeypatch):
+    plain = train.learning_rate
+
+    def stop(config, step, steps):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(config, step, steps)
+
     for regime in ("simultaneous", "e2e"):
-        one, two = tmp_path / f"{regime}-one", tmp_path / f"{regime}-two"
-        assert run(*how, "--regime", regime, "--out", one) == 0
-        assert several(2, tmp_path / "log", *how, "--regime", regime, "--out", two) == [0, 0]
+        one, two, how = (
+            tmp_path / f"{regime}-one",
+            tmp_path / f"{regime}-two",
+            [*TINY_RUN, "--regime", regime],
+        )
+        assert run(*how, "--steps", 5, "--out", one) == 0
+        if regime == "e2e":
+            assert several(2, tmp_path / "log", *how, "--steps", 5, "--out", two) == [0, 0]
+        else:
+            with monkeypatch.context() as patch:
+                patch.setattr(train, "learning_rate", stop)
+                assert several(2, tmp_path / "log", *how, "--steps", 5, "--out", two) == [143, 143]
+            assert (
+                load(two)[1]["step"] == 3
+                and several(4, tmp_path / "log", "--resume", "--out", two) == [0] * 4
+            )
         for a, b in zip(numbers(one), numbers(two), strict=True):
             for values in ("loss", "grad_norm"):
                 assert a[values] == pytest.approx(b[values], rel=1e-5)

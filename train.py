@@ -270,11 +270,14 @@ def complete(config):
             f"--freeze-until {config.freeze_until or 1} must leave one of {config.blocks} blocks to learn; "
             "--blocks says how many there are."
         )
-    if config.decoder_slices is None:  # two clips keep the buffers small, which makes a CPU faster too
-        config.decoder_slices = (
-            math.ceil(config.batch / config.accumulate / 2) if config.device == "cpu" else 1
-        )
+    if config.decoder_slices is None:
+        config.decoder_slices = default_slices(config)
     return f"{config.device} ({why}), {config.dtype}"
+
+
+def default_slices(config):
+    """Of two clips: that keeps the buffers small, which makes a CPU faster too."""
+    return math.ceil(config.batch / config.accumulate / 2) if config.device == "cpu" else 1
 
 
 def check_processes(config):
@@ -308,6 +311,7 @@ def command(config, **changes):
     """The command that starts a run with these settings and some changes."""
     plain, parts = Config(size=config.size), ["python", "train.py"]
     complete(plain)
+    plain.decoder_slices = default_slices(config)
     for f in fields(Config):
         value = changes.get(f.name, getattr(config, f.name))
         if f.name not in ("device", "workers", "parallel", "out", "resume") and value != getattr(
