@@ -528,14 +528,20 @@ def draw(model, clips, path, blocks):
     return losses
 
 
-@torch.no_grad()
-def spread_of(model, video):
-    """Do the final features of clips still differ? {"std": mean over dimensions, "effective_rank": float}.
+def look(model, clips, path, blocks):
+    """What the log says of fixed clips: {"eval_loss": by block, "features": {...}, "frozen": blocks}; as draw().
 
-    Both fall when a representation collapses. video: (B, T, H, W, C).
+    features: do the final features of clips still differ? Their standard deviation over clips, mean over
+    dimensions, and their effective rank; both fall when a representation collapses.
     """
-    x = list(model.encode(video).values())[-1].mean(dim=1)  # (B, D)
-    return {"std": x.std(dim=0).mean().item(), "effective_rank": spectrum(x)["effective_rank"]}
+    with torch.no_grad():
+        x = list(model.encode(clips[0]).values())[-1].mean(dim=1)  # (B, D)
+    spread = {"std": x.std(dim=0).mean().item(), "effective_rank": spectrum(x)["effective_rank"]}
+    return {
+        "eval_loss": draw(model, clips, path, blocks),
+        "features": spread,
+        "frozen": model.config["frozen"],
+    }
 
 
 # ---- training ----
@@ -704,22 +710,17 @@ def read_batches(config, source, team, done, total):
 
 def train(config, model, source, checkpoint, where):
     """The training loop, from the checkpoint to the end or to a signal. Returns the signals caught."""
-    signals, out, cpu, team = (
-        catch_signals(),
-        Path(config.out),
-        config.device == "cpu",
-        start_processes(config),
-    )
+    signals, out, team = catch_signals(), Path(config.out), start_processes(config)
     done = checkpoint["step"] if checkpoint else 0
     steps = config.steps or max(1, math.ceil(config.epochs * len(source) / config.batch))  # of one stage
     total, leads, saved = steps * model.stages, team.rank == 0, time.monotonic()
-    if REGIMES[config.regime].freezing:
-        freezing(config, steps)
     hyper = {"lr": config.lr, "betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
     optimizers = make_optimizers(model, stage=min(done // steps, model.stages - 1), **hyper)
     if done % steps:
         load_optimizers(optimizers, checkpoint["optimizers"])
     if leads:
+        if REGIMES[config.regime].freezing:
+            freezing(config, steps)  # fills in the schedule before it is saved
         describe(config, model, source, where, done, total)
         clips = fixed_clips(config, model, source)
         start_folder(config, model, source, checkpoint)
@@ -747,7 +748,7 @@ def train(config, model, source, checkpoint, where):
             ends = done == total or stop
             draws = ends or switched or done == 1 or done % max(1, total // 10) == 0
             logs = draws or done % min(50, max(1, total // 100)) == 0
-            if logs or cpu:  # on a GPU, looking at a number waits for it
+            if logs or config.device == "cpu":  # on a GPU, looking at a number waits for it
                 losses, norms = ({name: x.item() for name, x in values.items()} for values in (losses, norms))
                 check_finite(losses, norms, done, lr, [source.name(index) for index in batch["index"]])
             if not logs:
@@ -760,17 +761,16 @@ def train(config, model, source, checkpoint, where):
                 record |= {"loss": losses, "grad_norm": norms}
                 if draws:
                     reached = [name for group in whole.groups[: len(of_whole)] for name in group]
-                    record["eval_loss"] = draw(whole, clips, out / f"recon_{done:06d}.png", reached)
-                    record |= {"features": spread_of(whole, clips[0]), "frozen": whole.config["frozen"]}
+                    record |= look(whole, clips, out / f"recon_{done:06d}.png", reached)
                 log.write(record)
                 if ends or due:
                     save_run(config, whole, of_whole, source, done)
                     saved = time.monotonic()
     if done == total and leads:
         losses = draw(whole, clips, out / "recon.mp4", whole.blocks)
-        words = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-        if words:
-            print("reconstruction loss by block:", words)
+        if losses:  # LayerLock's latent targets have none
+            words = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+            print(f"reconstruction loss by block: {words}")
             print(f"  (predicting the mean of every tubelet gives 1.0; {out}/recon.mp4 shows it)")
     return signals
 
