@@ -89,7 +89,7 @@ def patch_similarity(tokens):
 def spectrum(x):
     """Shape of the covariance eigenvalues (Sec. 4) of features x (n, D): a dict.
 
-    effective_rank exp(-sum p log p); participation_ratio (sum l)^2 / sum l^2; isotropy, largest / mean
+    effective_rank exp(-sum p log p); participation_ratio (sum l)^2 / sum l^2; anisotropy, largest / mean
     eigenvalue; dimensions90, the fewest with 90 % of the variance. All nan if x is constant.
     """
     x = x.double() - x.double().mean(dim=0)
@@ -97,12 +97,14 @@ def spectrum(x):
     eigenvalues = F.pad(eigenvalues, (0, x.shape[1] - len(eigenvalues)))
     total = eigenvalues.sum()
     if total <= 0:
-        return dict.fromkeys(("effective_rank", "participation_ratio", "isotropy", "dimensions90"), math.nan)
+        return dict.fromkeys(
+            ("effective_rank", "participation_ratio", "anisotropy", "dimensions90"), math.nan
+        )
     p = eigenvalues / total
     return {
         "effective_rank": torch.special.entr(p).sum().exp().item(),
         "participation_ratio": (1 / p.square().sum()).item(),
-        "isotropy": (p.max() * len(p)).item(),
+        "anisotropy": (p.max() * len(p)).item(),
         "dimensions90": int((p.cumsum(dim=0) < 0.9 - 1e-12).sum()) + 1,
     }
 
@@ -121,13 +123,13 @@ def occlusion_drop(accuracy, occluded):
     return (accuracy - occluded) / accuracy if accuracy else math.nan
 
 
-def occlude(video, patch=(16, 16), *, halves=False, generator=None):
-    """Black (0) but for one random patch on the grid, the same in all frames (Sec. 4), of (T, H, W, C).
+def occlude(video, patch=(16, 16), *, halves=False, blank=0, generator=None):
+    """All `blank` but for one random patch on the grid, the same in all frames (Sec. 4), of (T, H, W, C).
 
     halves: keep one patch in the left and one in the right half, as for double gratings.
     """
     _, H, W, _ = video.shape
-    kept = torch.zeros_like(video)
+    kept = torch.full_like(video, blank)
     sides = [(0, W // patch[1] // 2), (W // patch[1] // 2, W // patch[1])] if halves else [(0, W // patch[1])]
     for first, last in sides:
         top = int(torch.randint(H // patch[0], (), generator=generator)) * patch[0]
@@ -336,8 +338,8 @@ def measure_pruning(args, run, draws=5):
 class Occluded:
     """A source whose clips are occluded; which patch is left is drawn from (seed, number of the clip)."""
 
-    def __init__(self, source, patch, *, halves=False, seed=0):
-        self.source, self.patch, self.halves, self.seed = source, patch, halves, seed
+    def __init__(self, source, patch, *, halves=False, blank=0, seed=0):
+        self.source, self.patch, self.halves, self.blank, self.seed = source, patch, halves, blank, seed
         self.labels, self.name, self.targets = source.labels, source.name, source.targets
         self.check_broken = source.check_broken
 
@@ -348,7 +350,8 @@ class Occluded:
         """Clip `index` of the source, occluded."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         video = torch.from_numpy(self.source.read(index))
-        return occlude(video, self.patch, halves=self.halves, generator=generator).numpy()
+        how = {"halves": self.halves, "blank": self.blank, "generator": generator}
+        return occlude(video, self.patch, **how).numpy()
 
 
 def measure(args, runs):
@@ -361,8 +364,9 @@ def measure(args, runs):
     del models["pixels"]
     data = open_data(args, model.video)
     features, targets, _, labels, folds = collect(args, models, data, measure=patch_similarity)
-    halves = args.data == "double-gratings"
-    covered = [(Occluded(source, model.tubelet[1:], halves=halves), indices) for source, indices in data]
+    # The patch is a tubelet's, 16 x 16 in the paper. Blank is 0, which in gratings (-1..1) is mid-grey.
+    how = {"halves": args.data == "double-gratings", "blank": 128 if args.data in ("gratings", "double-gratings") else 0}
+    covered = [(Occluded(source, model.tubelet[1:], **how), indices) for source, indices in data]
     occluded = collect(args, models, covered)[0]
     results, by_clip, tested = {}, {}, torch.cat([test for _, test in folds])
     shuffled = torch.randperm(len(tested), generator=torch.Generator().manual_seed(0))
@@ -734,10 +738,9 @@ def analyze(args):
             rows,
         )
 
-    rows = {title: [[v] for v in values] for title, values in convergence(runs, found["runs"]).items()}
-    if rows:
-        columns = ["first at", "then every", "until", "final loss", "above e2e"]
-        print_table("freezing and reconstruction loss", columns, rows)
+    for title, (start, every, until, loss, more) in convergence(runs, found["runs"]).items():
+        when = f"{until} blocks frozen from step {start} on, one every {every}"
+        print(f"\n{title}, {when}: reconstruction loss {loss:.3f}, {more:+.3f} against e2e")
     print("\nThe paper's claims, by two standard errors over seeds and test clips:")
     if max(len(members) for members in by_name.values()) == 1:
         print("(one seed each: the spread over seeds is unknown and not counted)")

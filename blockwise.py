@@ -342,9 +342,9 @@ def check_sizes(config):
 def frozen_blocks(step, *, start, every, until):
     """How many blocks are frozen at a step: none before `start`, then one more every `every` steps, `until` at most.
 
-    start -1: none ever. every 0: all at once. With K = depth these are LayerLock's single layers. A pass with
-    K frozen steps, a decoder for each and pixel targets is sequential blockwise training: the two ends of one
-    axis.
+    start -1: none ever. every 0: all at once. With K = depth, a block is one layer, as in LayerLock. Sequential
+    blockwise training is the other end of this axis: blocks of many layers, a full pass over the data before
+    each is frozen, a fresh decoder for each, and pixels as target throughout.
     """
     if start < 0 or step < start:
         return 0

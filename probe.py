@@ -311,7 +311,10 @@ def untrained(run):
 
 def subjects(runs):
     """All that is measured: {title: model} of the runs, of each architecture untrained, and of the pixels."""
-    fresh = {f"untrained, {c['width']} wide, K = {c['blocks']}": r for r in runs for c in [r.model.config]}
+    fresh = {}
+    for run in runs:
+        width, blocks, tubelet = (run.model.config[name] for name in ("width", "blocks", "tubelet"))
+        fresh[f"untrained, {width} wide, {'x'.join(map(str, tubelet))}, K = {blocks}"] = run
     fresh = {title: untrained(run) for title, run in fresh.items()}
     return {"pixels": Pixels()} | fresh | {run.title: run.model for run in runs}
 

@@ -1327,7 +1327,9 @@ def test_every_setting_is_a_flag_and_every_flag_a_setting(capsys):
         ("--benchmark --blocks 5", "choose --blocks from 1, 2, 3, 4, 6, 12"),
         ("--accumulate 99", "more parts than the batch has clips"),
         ("--target pixels", "--target is for --regime layerlock"),
-        ("--regime layerlock --freeze-until 12", "must leave one of 12 blocks to learn"),
+        ("--regime layerlock --freeze-until 12", "12 blocks cannot freeze 12 and learn"),
+        ("--regime layerlock --freeze-start 5 --steps 4", "after the run's 4; lower --freeze-start"),
+        ("--regime layerlock --freeze-start -1 --target pixels", "are --regime e2e"),
         (
             "--parallel blocks",
             "start it by: torchrun --nproc-per-node 4 train.py --blocks 4 --parallel blocks",
@@ -1700,13 +1702,13 @@ def test_patch_similarity_against_all_pairs():
 def test_spectrum_of_known_eigenvalues():
     rows = torch.cat([torch.eye(4), -torch.eye(4)])  # covariance proportional to the identity
     assert analyze.spectrum(rows) == pytest.approx(
-        {"effective_rank": 4, "participation_ratio": 4, "isotropy": 1, "dimensions90": 4}
+        {"effective_rank": 4, "participation_ratio": 4, "anisotropy": 1, "dimensions90": 4}
     )
     values = torch.tensor([8.0, 1.0, 1.0, 0.0])
     found, p = analyze.spectrum(rows * values.sqrt() + 5), values[:3] / 10
     assert found["effective_rank"] == pytest.approx(np.exp(-(p * p.log()).sum().item()), rel=1e-5)
     assert found["participation_ratio"] == pytest.approx(100 / 66, rel=1e-5)
-    assert found["isotropy"] == pytest.approx(8 / 2.5, rel=1e-5) and found["dimensions90"] == 2
+    assert found["anisotropy"] == pytest.approx(8 / 2.5, rel=1e-5) and found["dimensions90"] == 2
     assert all(np.isnan(value) for value in analyze.spectrum(torch.ones(5, 3)).values())
 
 

@@ -19,7 +19,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shlex
 import signal
 import sys
@@ -158,7 +157,8 @@ class Config:
     )
     benchmark: bool = option(
         False,
-        "train nothing: time and memory of a step, of --regime or of all; written to --out/benchmark.json",
+        "train nothing: time and memory of a step, of --regime or of all but layerlock; for that one, what a run "
+        "of --steps costs phase by phase; written to --out/benchmark.json",
     )
 
 
@@ -260,15 +260,11 @@ def complete(config):
     for name, value in recipe.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-    if config.accumulate > config.batch:
-        raise ValueError(
-            f"--accumulate {config.accumulate} is more parts than the batch has clips, {config.batch}."
-        )
     check_processes(config)
-    if REGIMES[config.regime].freezing and (config.freeze_until or 1) >= config.blocks:
+    clips = config.batch // (PROCESSES if config.parallel == "data" else 1)
+    if config.accumulate > clips:
         raise ValueError(
-            f"--freeze-until {config.freeze_until or 1} must leave one of {config.blocks} blocks to learn; "
-            "--blocks says how many there are."
+            f"--accumulate {config.accumulate} is more parts than the batch has clips in a process, {clips}."
         )
     if config.decoder_slices is None:
         config.decoder_slices = default_slices(config)
@@ -277,7 +273,8 @@ def complete(config):
 
 def default_slices(config):
     """Of two clips: that keeps the buffers small, which makes a CPU faster too."""
-    return math.ceil(config.batch / config.accumulate / 2) if config.device == "cpu" else 1
+    clips = config.batch / config.accumulate / (PROCESSES if config.parallel == "data" else 1)
+    return math.ceil(clips / 2) if config.device == "cpu" else 1
 
 
 def check_processes(config):
@@ -309,16 +306,14 @@ def default_folder(config):
 
 def command(config, **changes):
     """The command that starts a run with these settings and some changes."""
-    plain, parts = Config(size=config.size), ["python", "train.py"]
-    complete(plain)
-    plain.decoder_slices = default_slices(config)
-    for f in fields(Config):
-        value = changes.get(f.name, getattr(config, f.name))
-        if f.name not in ("device", "workers", "parallel", "out", "resume") and value != getattr(
-            plain, f.name
-        ):
+    plain = asdict(Config()) | RECIPES[config.size] | {"decoder_slices": default_slices(config)}
+    plain["dtype"] = "bf16" if config.device.startswith("cuda") else "fp32"
+    parts = ["python", "train.py"]
+    for name, value in (asdict(config) | changes).items():
+        here = name in ("device", "workers", "parallel", "out", "resume")
+        if not here and value is not None and value != plain[name]:
             values = value if isinstance(value, tuple) else () if value is True else (value,)
-            parts += [flag(f.name), *map(str, values)]
+            parts += [flag(name), *map(str, values)]
     return shlex.join(parts)
 
 
@@ -349,6 +344,11 @@ def model_arguments(config):
     return size | ({"decoder_depth": config.decoder_depth} if config.decoder_depth else {})
 
 
+def steps_of_stage(config, source):
+    """Optimizer steps of a run, in the sequential regime of one stage."""
+    return config.steps or max(1, math.ceil(config.epochs * len(source) / config.batch))
+
+
 def set_up(config, given):
     """All that comes before training. ValueError, one sentence with the fix, for what the user can mend."""
     config.out = config.out or default_folder(config)
@@ -373,6 +373,8 @@ def set_up(config, given):
         raise ValueError(
             f"{config.out} was started on other videos; restore them, or start another run with --out."
         )
+    if REGIMES[config.regime].freezing:
+        freezing(config, steps_of_stage(config, source))  # fills in the schedule
     return config, model.to(config.device).train(), source, checkpoint, where
 
 
@@ -396,6 +398,10 @@ def describe(config, model, source, where, done, total):
     counts = count_parameters(model)
     listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     print(f"parameters: {listed}; in all {sum(counts.values()):,}")
+    if REGIMES[config.regime].freezing:
+        every = f"then every {config.freeze_every} steps" if config.freeze_every else "all at once"
+        when = f"from step {config.freeze_start}, {every}, until {config.freeze_until} are"
+        print(f"blocks freeze {when}" if config.freeze_start >= 0 else "no block freezes")
     if PROCESSES > 1:
         each = "part of every batch" if config.parallel == "data" else "block"
         print(f"{total - done} steps in {PROCESSES} processes, a {each} in each")
@@ -567,27 +573,49 @@ def learning_rate(config, step, steps):
 
 
 def freezing(config, steps):
-    """LayerLock's schedule, the arguments of frozen_blocks(); settings left open are filled in for so many steps."""
+    """LayerLock's schedule, the arguments of frozen_blocks(); settings left open are filled in for so many steps.
+
+    ValueError for a schedule that does not fit the run.
+    """
     # Scaled from the paper's ViT-G: 160K steps of pixels, then 32 of 48 layers, one every 10K steps.
     if config.freeze_until is None:
         config.freeze_until = max(1, round(2 / 3 * config.blocks))
     if config.freeze_start is None:
         config.freeze_start = steps // 3
     if config.freeze_every is None:
-        config.freeze_every = max(1, (steps - max(0, config.freeze_start)) // config.freeze_until)
-    return {"start": config.freeze_start, "every": config.freeze_every, "until": config.freeze_until}
+        config.freeze_every = max(0, (steps - max(0, config.freeze_start)) // config.freeze_until)
+    start, every, until = config.freeze_start, config.freeze_every, config.freeze_until
+    if until >= config.blocks:
+        raise ValueError(
+            f"{config.blocks} blocks cannot freeze {until} and learn; lower --freeze-until, or raise --blocks."
+        )
+    last = start + every * (until - 1)
+    if last >= steps:
+        raise ValueError(
+            f"The last block would freeze at step {last}, after the run's {steps}; lower --freeze-start or "
+            "--freeze-every."
+        )
+    if start == -1 and config.target == "pixels":
+        raise ValueError(
+            "Pixel targets with nothing frozen are --regime e2e; leave out --freeze-start or --target."
+        )
+    return {"start": start, "every": every, "until": until}
+
+
+def phase(config, step, steps):
+    """What LayerLock does at a step: blocks frozen, and the block whose output is the target, 0 for pixels."""
+    schedule = freezing(config, steps)
+    frozen = frozen_blocks(step, **schedule)
+    if config.target == "pixels":
+        return frozen, 0
+    return frozen, schedule["until"] if config.freeze_start == -1 else frozen  # -1: the control
 
 
 def follow_schedule(config, model, optimizers, step, steps, hyper):
     """LayerLock: switch to what the schedule says for a step. Returns (optimizers, did anything change?)."""
     if not REGIMES[config.regime].freezing:
         return optimizers, False
-    schedule = freezing(config, steps)
-    frozen = target = frozen_blocks(step, **schedule)
-    if config.target == "pixels":
-        target = 0
-    elif config.freeze_start == -1:  # the control: a latent target without freezing
-        target = schedule["until"]
+    frozen, target = phase(config, step, steps)
     if (frozen, target) == (model.config["frozen"], model.config["target"]):
         return optimizers, False
     torch.manual_seed(config.seed)  # of the new head: the same after resuming
@@ -600,7 +628,8 @@ def set_learning_rate(config, optimizers, step, steps):
     if REGIMES[config.regime].freezing:
         # Paper does not say: the length of the warm-up after every switch. Ours is the same share as at the start.
         schedule = freezing(config, steps)
-        frozen, warm = frozen_blocks(step, **schedule), round(config.warmup * schedule["every"])
+        frozen, length = frozen_blocks(step, **schedule), schedule["every"] or steps - schedule["start"]
+        warm = round(config.warmup * length)
         since = step - schedule["start"] - schedule["every"] * (frozen - 1)
         lr *= min(1, (since + 1) / warm) if frozen and warm else 1
     for group in [group for optimizer in optimizers if optimizer for group in optimizer.param_groups]:
@@ -709,18 +738,16 @@ def read_batches(config, source, team, done, total):
 
 
 def train(config, model, source, checkpoint, where):
-    """The training loop, from the checkpoint to the end or to a signal. Returns the signals caught."""
+    """The training loop, from the checkpoint to the end or to a signal. Returns the signal, or None."""
     signals, out, team = catch_signals(), Path(config.out), start_processes(config)
     done = checkpoint["step"] if checkpoint else 0
-    steps = config.steps or max(1, math.ceil(config.epochs * len(source) / config.batch))  # of one stage
+    steps = steps_of_stage(config, source)
     total, leads, saved = steps * model.stages, team.rank == 0, time.monotonic()
     hyper = {"lr": config.lr, "betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
     optimizers = make_optimizers(model, stage=min(done // steps, model.stages - 1), **hyper)
     if done % steps:
         load_optimizers(optimizers, checkpoint["optimizers"])
     if leads:
-        if REGIMES[config.regime].freezing:
-            freezing(config, steps)  # fills in the schedule before it is saved
         describe(config, model, source, where, done, total)
         clips = fixed_clips(config, model, source)
         start_folder(config, model, source, checkpoint)
@@ -728,7 +755,7 @@ def train(config, model, source, checkpoint, where):
         compile_parts(model)
     whole, (model, optimizers) = model, team.take_part(model, optimizers)
     batches = read_batches(config, source, team, done, total)
-    ends = done == total
+    ends, stop = done == total, False
 
     with Log(out / "log.jsonl" if leads else None, done, total) as log:
         while not ends:
@@ -766,13 +793,17 @@ def train(config, model, source, checkpoint, where):
                 if ends or due:
                     save_run(config, whole, of_whole, source, done)
                     saved = time.monotonic()
+            if not ends:
+                whole = of_whole = None  # a pipeline's was put together for this moment only
     if done == total and leads:
         losses = draw(whole, clips, out / "recon.mp4", whole.blocks)
         if losses:  # LayerLock's latent targets have none
             words = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
             print(f"reconstruction loss by block: {words}")
             print(f"  (predicting the mean of every tubelet gives 1.0; {out}/recon.mp4 shows it)")
-    return signals
+    if PROCESSES > 1:
+        dist.destroy_process_group()
+    return (signals[0] if signals else signal.SIGTERM) if stop else None
 
 
 # ---- benchmark ----
@@ -876,43 +907,44 @@ def costs_of_step(model, step):
 
 
 def benchmark_freezing(config):
-    """Print what LayerLock's run costs in each phase, and in all, against e2e in a run of the same length."""
+    """Print and write what LayerLock costs in each phase, and in all, against e2e in a run of the same length."""
     steps, where = config.steps or 3000, complete(config)
-    schedule = freezing(config, steps)
-    batch, found = None, {}
-    frozen = [frozen_blocks(step, **schedule) for step in range(steps)]
-    for target in ("pixels", "latent"):
+    print(f"{config.size}, K = {config.blocks}, {steps} steps of {config.batch} clips, {where}")
+    control, results = config.freeze_start == -1, {}
+    for target in ("latent",) if control else ("pixels", "latent"):
+        case = replace(config, target=target)
+        phases = [phase(case, step, steps) for step in range(steps)]
         torch.manual_seed(0)
         model = Blockwise(**model_arguments(config)).to(config.device).train()
-        optimizers = make_optimizers(model)
-        if batch is None:
-            video = torch.zeros(config.batch, *model.video, 3, dtype=torch.uint8, device=config.device)
-            batch = (video, *masks_of_step(config, model, 0))
-        for count in tqdm(sorted(set(frozen)), f"target {target}", leave=False):
-            if count:
-                optimizers = switch(model, optimizers, frozen=count, target=count * (target == "latent"))
-            step = functools.partial(step_in_parts, config, model, optimizers, *batch)
+        optimizers, found = make_optimizers(model), {}
+        video = torch.zeros(config.batch, *model.video, 3, dtype=torch.uint8, device=config.device)
+        batch = (video, *masks_of_step(config, model, 0))
+        for frozen, block in tqdm([(0, 0), *sorted(set(phases) - {(0, 0)})], f"{target}", leave=False):
+            if (frozen, block) != (0, 0):
+                optimizers = switch(model, optimizers, frozen=frozen, target=block)
             learning = sum(p.numel() for group in optimizers[-1].param_groups for p in group["params"])
-            # Of every weight that learns, its gradient and AdamW's two moments.
-            found[target, count] = costs_of_step(model, step) | {"state_mb": 3 * 4 * learning / 2**20}
-    print(f"{config.size}, K = {config.blocks}, {steps} steps of {config.batch} clips, {where}")
-    for (target, count), row in found.items():
-        if (target, count) == ("latent", 0):
-            continue  # the phase before the first switch is the same
+            found[frozen, block] = costs_of_step(
+                model, functools.partial(step_in_parts, config, model, optimizers, *batch)
+            )
+            found[frozen, block]["state_mb"] = 3 * 4 * learning / 2**20  # gradient and AdamW's two moments
+        plain, rows = found[0, 0], [found[one] for one in phases]  # e2e is (0, 0) all along
+        for (frozen, block), row in found.items():
+            print(
+                f"{frozen:2} frozen, target {f'block {block}' if block else 'pixels':8}: "
+                f"{phases.count((frozen, block)):5} steps of {row['flops'] / 1e9:6.1f} GFLOP, saved activations "
+                f"{row['saved_mb']:6.1f} MB, gradients and optimizer state {row['state_mb']:6.1f} MB"
+            )
+        memory = np.array([row["saved_mb"] + row["state_mb"] for row in rows])
+        memory = memory / (plain["saved_mb"] + plain["state_mb"]) - 1
+        flops = sum(row["flops"] for row in rows) / (steps * plain["flops"]) - 1
         print(
-            f"{count:2} frozen, target {target:6}: {frozen.count(count):5} steps of "
-            f"{row['flops'] / 1e9:6.1f} GFLOP, {row['saved_mb']:6.1f} MB of saved activations, "
-            f"{row['state_mb']:6.1f} MB of gradients and optimizer state"
+            f"--target {target}, the whole run against e2e: {flops:+.1%} FLOPs; this memory {memory.mean():+.1%} "
+            f"on average, {memory[-1]:+.1%} in the last step"
         )
-    plain = found["pixels", 0]
-    for target in ("pixels", "latent"):
-        flops = sum(found[target, count]["flops"] for count in frozen) / (steps * plain["flops"]) - 1
-        memory = [sum(found[target, count][name] for name in ("saved_mb", "state_mb")) for count in frozen]
-        memory = np.array(memory) / (plain["saved_mb"] + plain["state_mb"]) - 1
-        print(
-            f"the whole run, target {target:6}: {flops:+.1%} FLOPs, {memory.mean():+.1%} of this memory on "
-            f"average, {memory[-1]:+.1%} in the last step, against e2e"
-        )
+        results[target] = {"flops": flops, "memory": memory.mean(), "memory in the last step": memory[-1]}
+    out = Path(config.out or f"runs/benchmark-{config.size}-layerlock-{config.blocks}")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def benchmark(config, regimes):
@@ -989,7 +1021,8 @@ def explain(error, config):
     kept = f"The last checkpoint is kept; go on with --resume --out {shlex.quote(config.out)}"
     if isinstance(error, (BrokenVideos, FloatingPointError)):
         return error, 2 if isinstance(error, BrokenVideos) else 1
-    if PROCESSES > 1 and re.search("gloo|nccl|distributed", str(error), re.IGNORECASE):
+    lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+    if PROCESSES > 1 and lost:
         return f"Another process has ended, so all end. {kept}.", 1
     if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
         less = f"{kept} --workers {config.workers // 2}"
@@ -1013,7 +1046,7 @@ def main(arguments=None):
         fail(error)
     config = run[0]
     try:
-        signals = train(*run)
+        stopped = train(*run)
     except Exception as error:
         # Frees the loader, which ends its workers. Python would wait for them for ever: they ignore SIGTERM.
         if hasattr(signal, "SIGCHLD"):  # not on Windows; torch's handler would raise again meanwhile
@@ -1023,10 +1056,13 @@ def main(arguments=None):
         if sentence is None:
             raise
         fail(sentence, code)
-    if signals:
+    if stopped:
         if RANK == 0:
-            print(f"stopped and saved; go on with: python train.py --resume --out {shlex.quote(config.out)}")
-        sys.exit(128 + signals[0])
+            start = "python" if PROCESSES == 1 else f"torchrun --nproc-per-node {PROCESSES}"
+            how = f" --parallel {config.parallel}" * (PROCESSES > 1)
+            where = f"--resume --out {shlex.quote(config.out)}{how}"
+            print(f"stopped and saved; go on with: {start} train.py {where}", flush=True)
+        sys.exit(128 + stopped)
     if RANK > 0:
         return
     other = {"regime": "simultaneous" if config.regime == "e2e" else "e2e", "target": Config.target}
