@@ -365,7 +365,10 @@ def measure(args, runs):
     data = open_data(args, model.video)
     features, targets, _, labels, folds = collect(args, models, data, measure=patch_similarity)
     # The patch is a tubelet's, 16 x 16 in the paper. Blank is 0, which in gratings (-1..1) is mid-grey.
-    how = {"halves": args.data == "double-gratings", "blank": 128 if args.data in ("gratings", "double-gratings") else 0}
+    how = {
+        "halves": args.data == "double-gratings",
+        "blank": 128 if args.data in ("gratings", "double-gratings") else 0,
+    }
     covered = [(Occluded(source, model.tubelet[1:], **how), indices) for source, indices in data]
     occluded = collect(args, models, covered)[0]
     results, by_clip, tested = {}, {}, torch.cat([test for _, test in folds])

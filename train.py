@@ -442,7 +442,9 @@ class Log:
             return
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # the last one may be torn
-        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= done))
+        temporary = path.with_name("log.jsonl.tmp")  # a kill at any moment leaves the old log or the new one
+        temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= done))
+        os.replace(temporary, path)
 
     def __enter__(self):
         return self
@@ -467,11 +469,8 @@ class Log:
     def write(self, record):
         """Write one line; it also goes to the screen if it has an eval_loss."""
         seconds = time.perf_counter() - self.since
-        record["clips_per_s"], record["wait"] = (
-            round(self.clips / seconds, 1),
-            round(self.waited / seconds, 4),
-        )
-        record["memory_mb"] = round(peak_memory())
+        record |= {"clips_per_s": round(self.clips / seconds, 1), "wait": round(self.waited / seconds, 4)}
+        record |= {"memory_mb": round(peak_memory())}
         self.clips, self.waited, self.since = 0, 0.0, self.since + seconds
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
