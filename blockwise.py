@@ -480,6 +480,9 @@ class Alone:
         """The whole model and its optimizers, on rank 0."""
         return model, optimizers
 
+    def close(self):
+        """End together: no process leaves while another one still wants to hear from it."""
+
 
 class Replicas(Alone):
     """Data parallel: every process holds the whole model and computes its part of every batch.
@@ -508,6 +511,11 @@ class Replicas(Alone):
         code = torch.tensor([int(stop)])
         dist.all_reduce(code, op=dist.ReduceOp.MAX)
         return bool(code), save
+
+    def close(self):
+        """Wait for all."""
+        dist.barrier()
+        dist.destroy_process_group()
 
     def collect(self, losses, norms):
         """Losses are sums over the parts, which are weighted by their share; the norms are those of the sum."""
@@ -587,6 +595,13 @@ class Pipeline(Alone):
         optimizers = make_optimizers(model)
         load_optimizers(optimizers, [state for _, states in parts for state in states])
         return model, optimizers
+
+    def close(self):
+        """Wait until everything sent has arrived, and for all."""
+        for work, _ in self.sent:
+            work.wait()
+        dist.barrier()
+        dist.destroy_process_group()
 
     def gather(self, value):
         """What all ranks give, on rank 0; [] elsewhere."""

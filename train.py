@@ -800,8 +800,7 @@ def train(config, model, source, checkpoint, where):
             words = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
             print(f"reconstruction loss by block: {words}")
             print(f"  (predicting the mean of every tubelet gives 1.0; {out}/recon.mp4 shows it)")
-    if PROCESSES > 1:
-        dist.destroy_process_group()
+    team.close()
     return (signals[0] if signals else signal.SIGTERM) if stop else None
 
 
