@@ -514,8 +514,10 @@ class Replicas(Alone):
 
     def close(self):
         """Wait for all."""
-        dist.barrier()
-        dist.destroy_process_group()
+        with contextlib.suppress(RuntimeError):  # one that is through already may close its end
+            dist.barrier()
+        if torch.cuda.is_available():  # NCCL asks for it; gloo's can hang where another process has left
+            dist.destroy_process_group()
 
     def collect(self, losses, norms):
         """Losses are sums over the parts, which are weighted by their share; the norms are those of the sum."""
@@ -600,8 +602,7 @@ class Pipeline(Alone):
         """Wait until everything sent has arrived, and for all."""
         for work, _ in self.sent:
             work.wait()
-        dist.barrier()
-        dist.destroy_process_group()
+        Replicas.close(self)
 
     def gather(self, value):
         """What all ranks give, on rank 0; [] elsewhere."""
