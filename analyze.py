@@ -29,11 +29,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import evaluation_loader
+from data import evaluation_loader, fail
 from model import normalized_targets, patchify, take, tube_mask
 from probe import (
     collect,
-    fail,
     open_data,
     parser,
     print_table,
@@ -412,11 +411,11 @@ def measure(args, runs):
 
 
 def convergence(runs, results):
-    """LayerLock's observation that shallow layers converge first, on runs that froze some: {title: [numbers]}.
+    """LayerLock's observation, shallow layers converge first, on runs that froze some: {title: [numbers]}.
 
     Of every run of regime layerlock with pixel targets: the step of the first freezing, steps between blocks,
-    blocks frozen in the end, final reconstruction loss, and how much more that is than of e2e runs of the same
-    architecture; nan without one. results: {title: {"reconstruction loss": [by block]}}.
+    blocks frozen in the end, final reconstruction loss, and how much more that is than of e2e runs of the
+    same architecture; nan without one. results: {title: {"reconstruction loss": [by block]}}.
     """
 
     def same(run):

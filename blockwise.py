@@ -75,18 +75,15 @@ def train_step(
     dtype: torch.bfloat16 for autocast. clip: largest gradient norm, of each group by itself; None: none.
     slices: parts of the batch in which a decoder runs, to save memory; the gradients stay the same.
     share, complete: for gradient accumulation, this part's share of the batch and whether it is the last.
-    reduce: called with a group's parameters when their gradients are complete; Replicas sums them over processes.
+    reduce: called with a group's parameters when their gradients are complete; Replicas sums over processes.
     Returns (losses, norms), each {block name: 0-d tensor}: L_k of every block that trains with a decoder, and
     the gradient norm of every block that trains, decoder included.
     """
     patches = patchify(video, model.tubelet)  # (B, N, P)
     h, losses, norms = take(patches, visible), {}, {}  # (B, V, P)
-    latent = model.config[
-        "target"
-    ]  # the block whose output is predicted: LayerLock's; 0, for pixels, elsewhere
-    target = (
-        latent_target(model, patches, masked, dtype) if latent else take(patches, masked)
-    )  # (B, M, P or D)
+    latent = model.config["target"]  # LayerLock's: the block whose output is predicted; 0, for pixels, else
+    # (B, M, D) of that block, or (B, M, P) of the video.
+    target = latent_target(model, patches, masked, dtype) if latent else take(patches, masked)
     how = {"normalize": not latent, "dtype": dtype, "slices": slices, "share": share}
     for group, optimizer in zip(model.groups, optimizers):
         h, tokens = h.detach(), {}  # stop-gradient: h_k = f_k(sg(h_{k-1}))
@@ -327,7 +324,7 @@ def check_sizes(config):
                 f"{size} {what} is not a multiple of the tubelet's {part}; try {near} or {near + part}."
             )
     for what in ("frozen", "target"):
-        if not 0 <= config[what] < max(blocks, 2) or (config[what] and not REGIMES[regime].freezing):
+        if not 0 <= config[what] < blocks or (config[what] and not REGIMES[regime].freezing):
             raise ValueError(
                 f"{what} {config[what]} is not possible with {blocks} blocks in regime {regime}."
             )
@@ -340,11 +337,11 @@ def check_sizes(config):
 
 
 def frozen_blocks(step, *, start, every, until):
-    """How many blocks are frozen at a step: none before `start`, then one more every `every` steps, `until` at most.
+    """How many blocks are frozen at a step: none before `start`, then one more every `every` steps.
 
-    start -1: none ever. every 0: all at once. With K = depth, a block is one layer, as in LayerLock. Sequential
-    blockwise training is the other end of this axis: blocks of many layers, a full pass over the data before
-    each is frozen, a fresh decoder for each, and pixels as target throughout.
+    until: the most. start -1: none ever. every 0: all at once. With K = depth, a block is one layer, as in
+    LayerLock. Sequential blockwise training is the other end of this axis: blocks of many layers, a full pass
+    over the data before each is frozen, a fresh decoder for each, and pixels as target throughout.
     """
     if start < 0 or step < start:
         return 0
@@ -484,6 +481,14 @@ class Alone:
         """End together: no process leaves while another one still wants to hear from it."""
 
 
+def leave():
+    """Wait for all processes, then end the connection to them."""
+    with contextlib.suppress(RuntimeError):  # one that is through already may close its end
+        dist.barrier()
+    if torch.cuda.is_available():  # NCCL asks for it; gloo's can hang where another process has left
+        dist.destroy_process_group()
+
+
 class Replicas(Alone):
     """Data parallel: every process holds the whole model and computes its part of every batch.
 
@@ -514,20 +519,17 @@ class Replicas(Alone):
 
     def close(self):
         """Wait for all."""
-        with contextlib.suppress(RuntimeError):  # one that is through already may close its end
-            dist.barrier()
-        if torch.cuda.is_available():  # NCCL asks for it; gloo's can hang where another process has left
-            dist.destroy_process_group()
+        leave()
 
     def collect(self, losses, norms):
-        """Losses are sums over the parts, which are weighted by their share; the norms are those of the sum."""
+        """Losses are sums over the parts, weighted by their share; the norms are those of the sum."""
         total = torch.tensor(list(losses.values()), dtype=torch.float64)
         dist.all_reduce(total)
         return dict(zip(losses, total.tolist())), norms
 
 
 class Pipeline(Alone):
-    """Simultaneous training with a process for each block: rank k - 1 holds block k, its decoder and its AdamW only.
+    """Simultaneous training with a process for each block: rank k - 1 holds block k, its decoder and AdamW.
 
     No gradient crosses a boundary (Sec. 3.1), so nothing ever comes back: rank k works on a batch while rank
     k - 1 works on the next one. The numbers are those of one process, bit for bit.
@@ -588,7 +590,7 @@ class Pipeline(Alone):
         return [{name: value for part in found for name, value in part[i].items()} for i in range(2)]
 
     def whole(self, model, optimizers):
-        """For pictures and checkpoints, rank 0 puts the blocks together; it keeps the result for a moment only."""
+        """For pictures and checkpoints, rank 0 puts the blocks together, for a moment only."""
         parts = self.gather((model.state_dict(), [optimizer.state_dict() for optimizer in optimizers]))
         if self.rank > 0:
             return None, None
@@ -602,7 +604,7 @@ class Pipeline(Alone):
         """Wait until everything sent has arrived, and for all."""
         for work, _ in self.sent:
             work.wait()
-        Replicas.close(self)
+        leave()
 
     def gather(self, value):
         """What all ranks give, on rank 0; [] elsewhere."""

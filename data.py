@@ -343,15 +343,13 @@ class Videos:
             raise ValueError(f"No videos in {list_file or folder} (looked for {looked}).")
         self.labels, self.total = {"class": self.classes}, len(entries)
         self.files, self.broken, self.dropped = [], {}, {}
-        with ThreadPoolExecutor(8) as pool:
-            counts = pool.map(lambda entry: count_or_reason(self.folder / entry[0]), entries)
-            for (path, label), count in tqdm(zip(entries, counts), "look at videos", self.total, leave=False):
-                if isinstance(count, str):
-                    self.broken[path] = count
-                elif short == "drop" and count < self.video[0] * stride:
-                    self.dropped[path] = count
-                else:
-                    self.files.append((path, label))
+        for (path, label), count in zip(entries, look_at(self.folder, [path for path, _ in entries])):
+            if isinstance(count, str):
+                self.broken[path] = count
+            elif short == "drop" and count < self.video[0] * stride:
+                self.dropped[path] = count
+            else:
+                self.files.append((path, label))
         if self.dropped and not self.files:
             fits, needed = (
                 max(self.dropped.values()) // self.video[0],
@@ -506,6 +504,13 @@ def count_or_reason(path):
             return max(stream.frames, 0) or count_packets(container, stream) or "holds no frames"
     except READ_ERRORS as error:
         return reason(error)
+
+
+def look_at(folder, names):
+    """count_or_reason() of videos in a folder, in their order, several at a time."""
+    with ThreadPoolExecutor(8) as pool:
+        counts = pool.map(lambda name: count_or_reason(folder / name), names)
+        return list(tqdm(counts, "look at videos", len(names), leave=False))
 
 
 def read_clip(path, *, video=(16, 128, 128), stride=4, start=0.5, crop=(0.5, 0.5), short="repeat"):
@@ -787,14 +792,8 @@ def write_video(path, images, *, rate=8, codec=None, options=None):
 # ---- packing a folder, once, for quick reading ----
 
 # MPEG-4 is decoded in half the time of H.264 of the same size and quality, and every FFmpeg can write it.
-PACKED = {
-    "g": "8",
-    "bf": "0",
-    "qmin": "4",
-    "qmax": "4",
-    "b": "8M",
-    "threads": "1",
-}  # g: key frame every 8 frames
+# g: a key frame every 8 frames. bf: no B-frames.
+PACKED = {"g": "8", "bf": "0", "qmin": "4", "qmax": "4", "b": "8M", "threads": "1"}
 
 
 def pack_video(source, target, partial, *, side=128, every=1, stop=None):
@@ -888,7 +887,7 @@ def time_reading(places, names, *, pixels=128, clips=60):
 
 def fail(message):
     """End the program for a mistake that the user can mend: one sentence, exit code 2."""
-    print(f"data.py: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -928,8 +927,8 @@ def main(arguments=None):
         places.append((args.target, args.stride // args.every))
     names = [path for path, _ in walk(Path(places[-1][0]))[0]]
     if not args.target:
-        counts = {name: count_or_reason(Path(args.source) / name) for name in tqdm(names, "look at videos")}
-        broken = {name: count for name, count in counts.items() if isinstance(count, str)}
+        counts = zip(names, look_at(Path(args.source), names))
+        broken = {name: count for name, count in counts if isinstance(count, str)}
     names = [name for name in names if name not in broken and (Path(args.source) / name).exists()]
     for name, why in broken.items():
         print(f"broken: {name} ({why})")

@@ -14,7 +14,6 @@ Shapes: B batch, N tokens, D width, K blocks; here n clips and L targets.
 
 import argparse
 import re
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from blockwise import Blockwise, load
-from data import Gratings, Scenes, Videos, evaluation_loader
+from data import Gratings, Scenes, Videos, evaluation_loader, fail
 
 # ---- measurements: plain tensors in, numbers out ----
 
@@ -231,12 +230,6 @@ def chance(targets, folds):
 
 
 # ---- command line ----
-
-
-def fail(message):
-    """End the program for a mistake that the user can mend: one sentence, exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def parser(description):

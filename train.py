@@ -50,6 +50,7 @@ from blockwise import (
     Blockwise,
     Pipeline,
     Replicas,
+    autocast,
     count_parameters,
     frozen_blocks,
     load,
@@ -157,8 +158,8 @@ class Config:
     )
     benchmark: bool = option(
         False,
-        "train nothing: time and memory of a step, of --regime or of all but layerlock; for that one, what a run "
-        "of --steps costs phase by phase; written to --out/benchmark.json",
+        "train nothing: time and memory of a step, of --regime or of all but layerlock; for that one, what a "
+        "run of --steps costs phase by phase; written to --out/benchmark.json",
     )
 
 
@@ -261,7 +262,7 @@ def complete(config):
         if getattr(config, name) is None:
             setattr(config, name, value)
     check_processes(config)
-    clips = config.batch // (PROCESSES if config.parallel == "data" else 1)
+    clips = clips_here(config)
     if config.accumulate > clips:
         raise ValueError(
             f"--accumulate {config.accumulate} is more parts than the batch has clips in a process, {clips}."
@@ -271,10 +272,14 @@ def complete(config):
     return f"{config.device} ({why}), {config.dtype}"
 
 
+def clips_here(config):
+    """Clips of every batch that this process computes."""
+    return config.batch // (PROCESSES if config.parallel == "data" else 1)
+
+
 def default_slices(config):
     """Of two clips: that keeps the buffers small, which makes a CPU faster too."""
-    clips = config.batch / config.accumulate / (PROCESSES if config.parallel == "data" else 1)
-    return math.ceil(clips / 2) if config.device == "cpu" else 1
+    return math.ceil(clips_here(config) / config.accumulate / 2) if config.device == "cpu" else 1
 
 
 def check_processes(config):
@@ -289,8 +294,8 @@ def check_processes(config):
         if PROCESSES != config.blocks:
             start = f"torchrun --nproc-per-node {config.blocks} train.py"
             raise ValueError(
-                f"--parallel blocks wants a process for each of {config.blocks} blocks, not {PROCESSES}; start "
-                f"it by: {start} --blocks {config.blocks} --parallel blocks ..."
+                f"--parallel blocks wants a process for each of {config.blocks} blocks, not {PROCESSES}; "
+                f"start it by: {start} --blocks {config.blocks} --parallel blocks ..."
             )
 
 
@@ -534,7 +539,7 @@ def draw(model, clips, path, blocks):
 
 
 def look(model, clips, path, blocks):
-    """What the log says of fixed clips: {"eval_loss": by block, "features": {...}, "frozen": blocks}; as draw().
+    """What the log says of fixed clips: {"eval_loss": by block, "features": ..., "frozen": n}; as draw().
 
     features: do the final features of clips still differ? Their standard deviation over clips, mean over
     dimensions, and their effective rank; both fall when a representation collapses.
@@ -542,11 +547,17 @@ def look(model, clips, path, blocks):
     with torch.no_grad():
         x = list(model.encode(clips[0]).values())[-1].mean(dim=1)  # (B, D)
     spread = {"std": x.std(dim=0).mean().item(), "effective_rank": spectrum(x)["effective_rank"]}
-    return {
-        "eval_loss": draw(model, clips, path, blocks),
-        "features": spread,
-        "frozen": model.config["frozen"],
-    }
+    losses, frozen = draw(model, clips, path, blocks), model.config["frozen"]
+    return {"eval_loss": losses, "features": spread, "frozen": frozen}
+
+
+def show_end(model, clips, path):
+    """Write the video of a finished run and print its losses; LayerLock's latent targets have neither."""
+    losses = draw(model, clips, path, model.blocks)
+    if losses:
+        words = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        print(f"reconstruction loss by block: {words}")
+        print(f"  (predicting the mean of every tubelet gives 1.0; {path} shows it)")
 
 
 # ---- training ----
@@ -572,9 +583,9 @@ def learning_rate(config, step, steps):
 
 
 def freezing(config, steps):
-    """LayerLock's schedule, the arguments of frozen_blocks(); settings left open are filled in for so many steps.
+    """LayerLock's schedule, the arguments of frozen_blocks(); settings left open are filled in.
 
-    ValueError for a schedule that does not fit the run.
+    steps: of the whole run. ValueError for a schedule that does not fit the run.
     """
     # Scaled from the paper's ViT-G: 160K steps of pixels, then 32 of 48 layers, one every 10K steps.
     if config.freeze_until is None:
@@ -586,7 +597,8 @@ def freezing(config, steps):
     start, every, until = config.freeze_start, config.freeze_every, config.freeze_until
     if until >= config.blocks:
         raise ValueError(
-            f"{config.blocks} blocks cannot freeze {until} and learn; lower --freeze-until, or raise --blocks."
+            f"{config.blocks} blocks cannot freeze {until} and learn; lower --freeze-until, "
+            "or raise --blocks."
         )
     last = start + every * (until - 1)
     if last >= steps:
@@ -601,32 +613,30 @@ def freezing(config, steps):
     return {"start": start, "every": every, "until": until}
 
 
-def phase(config, step, steps):
-    """What LayerLock does at a step: blocks frozen, and the block whose output is the target, 0 for pixels."""
-    schedule = freezing(config, steps)
+def phase(config, step, schedule):
+    """What LayerLock does at a step: (blocks frozen, block whose output is the target, 0 for pixels)."""
     frozen = frozen_blocks(step, **schedule)
     if config.target == "pixels":
         return frozen, 0
-    return frozen, schedule["until"] if config.freeze_start == -1 else frozen  # -1: the control
+    return frozen, schedule["until"] if schedule["start"] == -1 else frozen  # -1: the control
 
 
-def follow_schedule(config, model, optimizers, step, steps, hyper):
+def follow(schedule, config, model, optimizers, step, hyper):
     """LayerLock: switch to what the schedule says for a step. Returns (optimizers, did anything change?)."""
-    if not REGIMES[config.regime].freezing:
+    if schedule is None:
         return optimizers, False
-    frozen, target = phase(config, step, steps)
+    frozen, target = phase(config, step, schedule)
     if (frozen, target) == (model.config["frozen"], model.config["target"]):
         return optimizers, False
     torch.manual_seed(config.seed)  # of the new head: the same after resuming
     return switch(model, optimizers, frozen=frozen, target=target, **hyper), True
 
 
-def set_learning_rate(config, optimizers, step, steps):
+def set_learning_rate(config, optimizers, step, steps, schedule):
     """The learning rate of a step, given to all optimizers."""
     lr = learning_rate(config, step, steps)
-    if REGIMES[config.regime].freezing:
-        # Paper does not say: the length of the warm-up after every switch. Ours is the same share as at the start.
-        schedule = freezing(config, steps)
+    if schedule is not None:
+        # Paper does not say: how long the warm-up after a switch is. Ours is the same share as at the start.
         frozen, length = frozen_blocks(step, **schedule), schedule["every"] or steps - schedule["start"]
         warm = round(config.warmup * length)
         since = step - schedule["start"] - schedule["every"] * (frozen - 1)
@@ -703,6 +713,14 @@ def catch_signals():
     return caught
 
 
+def first_optimizers(model, checkpoint, done, steps, hyper):
+    """Those that a run begins with, or goes on with inside a stage of so many steps."""
+    optimizers = make_optimizers(model, stage=min(done // steps, model.stages - 1), **hyper)
+    if done % steps:
+        load_optimizers(optimizers, checkpoint["optimizers"])
+    return optimizers
+
+
 def save_run(config, model, optimizers, source, done):
     """Write the run's checkpoint."""
     what = {"step": done, "settings": asdict(config), "data": source.fingerprint}
@@ -743,9 +761,8 @@ def train(config, model, source, checkpoint, where):
     steps = steps_of_stage(config, source)
     total, leads, saved = steps * model.stages, team.rank == 0, time.monotonic()
     hyper = {"lr": config.lr, "betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
-    optimizers = make_optimizers(model, stage=min(done // steps, model.stages - 1), **hyper)
-    if done % steps:
-        load_optimizers(optimizers, checkpoint["optimizers"])
+    schedule = freezing(config, steps) if REGIMES[config.regime].freezing else None
+    optimizers = first_optimizers(model, checkpoint, done, steps, hyper)
     if leads:
         describe(config, model, source, where, done, total)
         clips = fixed_clips(config, model, source)
@@ -761,15 +778,14 @@ def train(config, model, source, checkpoint, where):
             stage, step = divmod(done, steps)
             if step == 0 and stage > 0:  # sequential: each stage has a fresh optimizer and schedule
                 optimizers = make_optimizers(model, stage=stage, **hyper)
-            optimizers, switched = follow_schedule(config, model, optimizers, step, steps, hyper)
-            lr = set_learning_rate(config, optimizers, step, steps)
+            optimizers, switched = follow(schedule, config, model, optimizers, step, hyper)
+            lr = set_learning_rate(config, optimizers, step, steps, schedule)
             batch = log.next(batches, source)
             video = team.pass_on(batch["video"]).to(config.device, non_blocking=True)
             masks = [team.share(index) for index in masks_of_step(config, model, done)]
             losses, norms = step_in_parts(config, model, optimizers, video, *masks, team.reduce)
             done += 1
             log.step(config.batch)
-
             stop, due = team.agree(bool(signals), leads and time.monotonic() - saved > SAVE_SECONDS)
             ends = done == total or stop
             draws = ends or switched or done == 1 or done % max(1, total // 10) == 0
@@ -783,8 +799,8 @@ def train(config, model, source, checkpoint, where):
             if draws or due:
                 whole, of_whole = team.whole(model, optimizers)
             if leads:
-                record = {"step": done, "epoch": round(done * config.batch / len(source), 4), "lr": lr}
-                record |= {"loss": losses, "grad_norm": norms}
+                epoch = round(done * config.batch / len(source), 4)
+                record = {"step": done, "epoch": epoch, "lr": lr, "loss": losses, "grad_norm": norms}
                 if draws:
                     reached = [name for group in whole.groups[: len(of_whole)] for name in group]
                     record |= look(whole, clips, out / f"recon_{done:06d}.png", reached)
@@ -795,11 +811,7 @@ def train(config, model, source, checkpoint, where):
             if not ends:
                 whole = of_whole = None  # a pipeline's was put together for this moment only
     if done == total and leads:
-        losses = draw(whole, clips, out / "recon.mp4", whole.blocks)
-        if losses:  # LayerLock's latent targets have none
-            words = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-            print(f"reconstruction loss by block: {words}")
-            print(f"  (predicting the mean of every tubelet gives 1.0; {out}/recon.mp4 shows it)")
+        show_end(whole, clips, out / "recon.mp4")
     team.close()
     return (signals[0] if signals else signal.SIGTERM) if stop else None
 
@@ -835,10 +847,10 @@ def saved_bytes(model):
 
 
 def summed_loss(model, video, visible, masked, dtype=None):
-    """The sum of all local losses in one graph: the obvious way, whose memory train_step() is compared with."""
+    """The sum of all local losses in one graph: the obvious way, which train_step() is compared with."""
     patches, total = patchify(video, model.tubelet), 0.0  # (B, N, P)
     h, target = take(patches, visible), normalized_targets(take(patches, masked))[0]  # (B, V, P), (B, M, P)
-    with torch.autocast(video.device.type, dtype, enabled=dtype is not None):
+    with autocast(video, dtype):
         for name, block in model.blocks.items():
             isolated = REGIMES[model.config["regime"]].stop_gradient
             h = block(h.detach() if isolated else h, visible)  # (B, V, D)
@@ -857,6 +869,21 @@ def end_with_parent():
     threading.Thread(target=wait, daemon=True).start()
 
 
+def noise(config, model):
+    """A batch to compute on: (video, visible, masked)."""
+    shape, generator = (config.batch, *model.video, 3), torch.Generator().manual_seed(0)
+    video = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    return video.to(config.device), *masks_of_step(config, model, 0)
+
+
+def write_benchmark(config, found, name):
+    """Write benchmark.json into --out or runs/benchmark-NAME; returns the folder."""
+    out = Path(config.out or f"runs/benchmark-{config.size}-{name}")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "benchmark.json").write_text(json.dumps(found, indent=1) + "\n")
+    return out
+
+
 @functools.cache
 def prepared(settings):
     """For a process of its own: (model, a training step of the settings as a function, memory before)."""
@@ -865,9 +892,7 @@ def prepared(settings):
     torch.manual_seed(0)
     model = Blockwise(**model_arguments(config)).to(config.device).train()
     optimizers = make_optimizers(model, stage=model.stages - 1)  # sequential: its last stage, the dearest
-    shape = (config.batch, *model.video, 3)
-    video = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    batch = (video.to(config.device), *masks_of_step(config, model, 0))
+    batch = noise(config, model)
 
     def step():
         step_in_parts(config, model, optimizers, *batch)
@@ -905,19 +930,19 @@ def costs_of_step(model, step):
 
 
 def benchmark_freezing(config):
-    """Print and write what LayerLock costs in each phase, and in all, against e2e in a run of the same length."""
+    """Print and write what LayerLock costs in each phase, and in all, against e2e in a run as long."""
     steps, where = config.steps or 3000, complete(config)
     print(f"{config.size}, K = {config.blocks}, {steps} steps of {config.batch} clips, {where}")
     control, results = config.freeze_start == -1, {}
     for target in ("latent",) if control else ("pixels", "latent"):
         case = replace(config, target=target)
-        phases = [phase(case, step, steps) for step in range(steps)]
+        schedule = freezing(case, steps)
+        phases = [phase(case, step, schedule) for step in range(steps)]
         torch.manual_seed(0)
         model = Blockwise(**model_arguments(config)).to(config.device).train()
         optimizers, found = make_optimizers(model), {}
-        video = torch.zeros(config.batch, *model.video, 3, dtype=torch.uint8, device=config.device)
-        batch = (video, *masks_of_step(config, model, 0))
-        for frozen, block in tqdm([(0, 0), *sorted(set(phases) - {(0, 0)})], f"{target}", leave=False):
+        batch = noise(config, model)
+        for frozen, block in tqdm([(0, 0), *sorted(set(phases) - {(0, 0)})], target, leave=False):
             if (frozen, block) != (0, 0):
                 optimizers = switch(model, optimizers, frozen=frozen, target=block)
             learning = sum(p.numel() for group in optimizers[-1].param_groups for p in group["params"])
@@ -929,26 +954,25 @@ def benchmark_freezing(config):
         for (frozen, block), row in found.items():
             print(
                 f"{frozen:2} frozen, target {f'block {block}' if block else 'pixels':8}: "
-                f"{phases.count((frozen, block)):5} steps of {row['flops'] / 1e9:6.1f} GFLOP, saved activations "
-                f"{row['saved_mb']:6.1f} MB, gradients and optimizer state {row['state_mb']:6.1f} MB"
+                f"{phases.count((frozen, block)):5} steps of {row['flops'] / 1e9:6.1f} GFLOP, saved "
+                f"activations {row['saved_mb']:6.1f} MB, gradients and optimizer state "
+                f"{row['state_mb']:6.1f} MB"
             )
         memory = np.array([row["saved_mb"] + row["state_mb"] for row in rows])
         memory = memory / (plain["saved_mb"] + plain["state_mb"]) - 1
         flops = sum(row["flops"] for row in rows) / (steps * plain["flops"]) - 1
         print(
-            f"--target {target}, the whole run against e2e: {flops:+.1%} FLOPs; this memory {memory.mean():+.1%} "
-            f"on average, {memory[-1]:+.1%} in the last step"
+            f"--target {target}, the whole run against e2e: {flops:+.1%} FLOPs; this memory "
+            f"{memory.mean():+.1%} on average, {memory[-1]:+.1%} in the last step"
         )
         results[target] = {"flops": flops, "memory": memory.mean(), "memory in the last step": memory[-1]}
-    out = Path(config.out or f"runs/benchmark-{config.size}-layerlock-{config.blocks}")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "benchmark.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_benchmark(config, results, f"layerlock-{config.blocks}")
 
 
 def benchmark(config, regimes):
     """Print time and memory of a step of some regimes, and saved activations by K; write both as JSON.
 
-    Every case has a process of its own, for its peak memory; steps alternate, so that all see the same machine.
+    Every case has a process of its own, for its peak memory; steps alternate, so that all see one machine.
     """
     rounds = config.steps or 15  # before the recipe fills in a training run's
     where = complete(config)
@@ -980,28 +1004,21 @@ def benchmark(config, regimes):
     print("\nsaved MB by K" + "".join(f"{blocks:>9}" for blocks in by_blocks))
     for name in next(iter(by_blocks.values())):
         print(f"{name:13}" + "".join(f"{row[name]:9.1f}" for row in by_blocks.values()))
-    out = Path(config.out or f"runs/benchmark-{config.size}-{config.blocks}")
-    out.mkdir(parents=True, exist_ok=True)
-    found = {
-        "settings": asdict(config),
-        "torch": torch.__version__,
-        "steps": found,
-        "saved_mb_by_blocks": by_blocks,
-    }
-    (out / "benchmark.json").write_text(json.dumps(found, indent=1) + "\n")
+    made_with = {"settings": asdict(config), "torch": torch.__version__}
+    found = made_with | {"steps": found, "saved_mb_by_blocks": by_blocks}
+    out = write_benchmark(config, found, config.blocks)
     with contextlib.suppress(ValueError):  # no matplotlib: no picture of the second table
         plot_memory(by_blocks, out / "memory.png", title=f"{config.size}, batch {config.batch}")
     print(f"\n{out}/benchmark.json" + f", {out}/memory.png" * (out / "memory.png").exists())
 
 
 def saved_by_blocks(config):
-    """Peak megabytes of saved activations of a simultaneous step and of the summed way: {K: {name: float}}."""
+    """Peak megabytes of saved activations, of a simultaneous step and the summed way: {K: {name: float}}."""
     depth, found = 12, {}
     for blocks in tqdm([k for k in range(1, depth + 1) if depth % k == 0], "memory by K", leave=False):
         case = replace(config, blocks=blocks, regime="simultaneous", accumulate=1, compile=False)
         model = Blockwise(**model_arguments(case)).to(case.device).train()
-        video = torch.zeros(case.batch, *model.video, 3, dtype=torch.uint8, device=case.device)
-        batch = (video, *masks_of_step(case, model, 0))
+        batch = noise(case, model)
         few = min(4, case.batch)  # what the summed way saves grows with the clips
         with saved_bytes(model) as summed:
             summed_loss(model, *(x[:few] for x in batch), autocast_dtype(case))
