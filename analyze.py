@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import evaluation_loader, fail
-from model import normalized_targets, patchify, take, tube_mask
+from model import normalized_targets, patchify, gather_tokens, tube_mask
 from probe import (
     collect,
     open_data,
@@ -150,7 +150,7 @@ def reconstruction_losses(model, videos, *, ratio=0.9, seed=0):
         masks = (index.to(device) for index in tube_mask(len(video), model.grid, ratio, generator))
         visible, masked = masks
         video = video.to(device)
-        target = normalized_targets(take(patchify(video, model.tubelet), masked))[0]  # (B, M, P)
+        target = normalized_targets(gather_tokens(patchify(video, model.tubelet), masked))[0]  # (B, M, P)
         for name, prediction in model.reconstruct(video, visible, masked).items():
             sums[name] += F.mse_loss(prediction, target).item() * len(video)
         count += len(video)

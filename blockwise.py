@@ -12,19 +12,18 @@ differ.
 Shapes as in model.py: B batch, N tokens, V visible, M masked, P values in one tubelet, D width, K blocks.
 """
 
-import collections
 import contextlib
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from model import Decoder, Layer, TubeletEmbedding, init_weights, normalized_targets, patchify, take
+from model import Decoder, Layer, TubeletEmbedding, gather_tokens, normalized_targets, patchify
 
 
 class Regime(NamedTuple):
@@ -33,7 +32,6 @@ class Regime(NamedTuple):
     stop_gradient: bool  # at every block boundary: no block learns from another block's loss
     local_decoders: bool  # a decoder and a loss for every block, not only for block K
     staged: bool  # one block at a time, on top of frozen ones: K passes over the data
-    freezing: bool = False  # blocks are frozen one after the other in a single pass, see switch()
 
 
 REGIMES = {
@@ -45,111 +43,85 @@ REGIMES = {
     "e2e": Regime(stop_gradient=False, local_decoders=False, staged=False),
     # Ours, the control that the paper lacks: K losses as in simultaneous, but gradients cross the boundaries.
     "deep-supervision": Regime(stop_gradient=False, local_decoders=True, staged=False),
-    # e2e whose blocks freeze from below, and whose target moves up behind them (arXiv 2509.10156).
-    "layerlock": Regime(stop_gradient=False, local_decoders=False, staged=False, freezing=True),
 }
 
 
-def train_step(
-    model,
-    optimizers,
-    video,
-    visible,
-    masked,
-    *,
-    dtype=None,
-    clip=None,
-    slices=1,
-    share=1.0,
-    complete=True,
-    reduce=None,
-):
+# ---- the method ----
+
+
+def train_step(model, optimizers, video, visible, masked, *, dtype=None, clip=None, slices=1, reduce=None):
     """One training step of any regime (Sec. 3.1): detach, block, local loss, backward, its optimizer step.
 
     model.groups lists the sets of blocks that one backward trains: each block by itself if the regime stops
     the gradient, else all of them. At most one group's graph is alive at any time.
 
-    optimizers: one per group, from make_optimizers(). None: that group is frozen and runs without a graph.
-    The forward pass ends where the list ends: a sequential stage does not run the blocks after its own.
+    optimizers: one per group, from make_optimizers(); None: the group is frozen. The forward pass ends where
+    the list ends: a sequential stage does not run the blocks after its own.
     video: (B, T, H, W, C) uint8. visible (B, V), masked (B, M): indices from tube_mask(), for all blocks.
     dtype: torch.bfloat16 for autocast. clip: largest gradient norm, of each group by itself; None: none.
-    slices: parts of the batch in which a decoder runs, to save memory; the gradients stay the same.
-    share, complete: for gradient accumulation, this part's share of the batch and whether it is the last.
-    reduce: called with a group's parameters when their gradients are complete; Replicas sums over processes.
+    slices: parts of the batch that a decoder runs in. reduce: averages gradients over processes.
     Returns (losses, norms), each {block name: 0-d tensor}: L_k of every block that trains with a decoder, and
     the gradient norm of every block that trains, decoder included.
     """
-    patches = patchify(video, model.tubelet)  # (B, N, P)
-    h, losses, norms = take(patches, visible), {}, {}  # (B, V, P)
-    latent = model.config["target"]  # LayerLock's: the block whose output is predicted; 0, for pixels, else
-    # (B, M, D) of that block, or (B, M, P) of the video.
-    target = latent_target(model, patches, masked, dtype) if latent else take(patches, masked)
-    how = {"normalize": not latent, "dtype": dtype, "slices": slices, "share": share}
+    patches, losses, norms = patchify(video, model.tubelet), {}, {}  # (B, N, P)
+    target = normalized_targets(gather_tokens(patches, masked))[0]  # (B, M, P)
+    h = gather_tokens(patches, visible)  # (B, V, P)
     for group, optimizer in zip(model.groups, optimizers):
-        h, tokens = h.detach(), {}  # stop-gradient: h_k = f_k(sg(h_{k-1}))
-        with torch.set_grad_enabled(optimizer is not None), autocast(h, dtype):
-            for name in group:
-                h = tokens[name] = model.blocks[name](h, visible)  # (B, V, D)
+        h, outputs, gradients = h.detach(), [], []  # stop-gradient: h_k = f_k(sg(h_{k-1}))
+        for name in group:
+            with torch.set_grad_enabled(optimizer is not None), autocast(h, dtype):
+                h = model.blocks[name](h, visible)  # (B, V, D)
+            if name in model.decoders and optimizer is not None:
+                losses[name], gradient = decoder_backward(  # L_k and dL_k / dh_k
+                    model.decoders[name], h, visible, masked, target, slices=slices, dtype=dtype
+                )
+                outputs, gradients = [*outputs, h], [*gradients, gradient]
         if optimizer is not None:
-            local = {
-                name: local_loss(model.decoders[name], tokens[name], visible, masked, target, **how)
-                for name in group
-                if name in model.decoders
-            }
-            losses |= {name: loss for name, (loss, _) in local.items()}  # L_k
-            # At once: this graph is freed before the next is built.
-            torch.autograd.backward([tokens[name] for name in local], [grad for _, grad in local.values()])
-            if complete:
-                # The optimizer step of this group alone.
-                norms |= update(model, group, optimizer, clip, reduce)
+            torch.autograd.backward(
+                outputs, gradients
+            )  # at once: this graph is freed before the next is built
+            norms |= optimizer_step(model, group, optimizer, clip=clip, reduce=reduce)  # of this group alone
     return losses, norms
+
+
+def decoder_backward(decoder, h, visible, masked, target, *, slices=1, dtype=None):
+    """Local loss L_k and its gradient dL_k / dh_k, by forward and backward of one decoder; fills its p.grad.
+
+    L_k is the mean squared error over the masked tokens only (Sec. 3.1). The decoder runs in slices of the
+    batch: it sees N tokens per clip where the encoder sees V, so most of the memory would be its graph's.
+    h: (B, V, D) tokens after block k. target: (B, M, P). Returns a 0-d tensor and (B, V, D).
+    """
+    loss, gradients, slices = torch.zeros((), device=h.device), [], min(slices, len(h))
+    parts = (tensor.detach().tensor_split(slices) for tensor in (h, visible, masked, target))
+    for tokens, places, masked_places, wanted in zip(*parts):
+        tokens.requires_grad_()  # (B / slices, V, D)
+        with autocast(h, dtype):
+            predicted = decoder(tokens, places, masked_places)  # (B / slices, M, P)
+        part_of_loss = F.mse_loss(predicted.float(), wanted) * (len(tokens) / len(h))
+        part_of_loss.backward()
+        loss += part_of_loss.detach()
+        gradients.append(tokens.grad)
+    return loss, torch.cat(gradients)  # (B, V, D)
+
+
+def optimizer_step(model, group, optimizer, *, clip=None, reduce=None):
+    """Step the AdamW of one group of blocks after its backward. Returns {block name: gradient norm}."""
+    parameters = {name: [p for p in trainable(model, name) if p.grad is not None] for name in group}
+    everything = [p for of_block in parameters.values() for p in of_block]
+    if reduce:
+        reduce([p.grad for p in everything])
+    norms = {name: torch.nn.utils.get_total_norm([p.grad for p in ps]) for name, ps in parameters.items()}
+    if clip:
+        total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+        torch.nn.utils.clip_grads_with_norm_(everything, clip, total)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norms
 
 
 def autocast(tensor, dtype):
     """Mixed precision where `tensor` lives; off for dtype None."""
     return torch.autocast(tensor.device.type, dtype, enabled=dtype is not None)
-
-
-def local_loss(decoder, h, visible, masked, target, *, normalize=True, dtype=None, slices=1, share=1.0):
-    """L_k and its gradient with respect to h_k, by forward and backward of one decoder; fills its p.grad.
-
-    L_k is the mean squared error over the masked tokens only (Sec. 3.1). The decoder runs in slices of the
-    batch: it sees N tokens per clip where the encoder sees V, so most of the memory would be its graph's.
-    h: (B, V, D) tokens after block k. target: (B, M, P) masked tubelets, which are normalised if `normalize`
-    says so. Others: as in train_step().
-    Returns (L_k, share * gradient): 0-d tensor and (B, V, D).
-    """
-    loss, gradients = torch.zeros((), device=h.device), []
-    slices = min(slices, len(h))
-    for part, seen, hidden, x in zip(
-        *(a.detach().tensor_split(slices) for a in (h, visible, masked, target))
-    ):
-        part.requires_grad_()  # (B / slices, V, D)
-        with autocast(h, dtype):
-            prediction = decoder(part, seen, hidden)  # (B / slices, M, P)
-        x = normalized_targets(x)[0] if normalize else x
-        local = F.mse_loss(prediction.float(), x) * (len(part) / len(h))
-        (share * local).backward()
-        loss += local.detach()
-        gradients.append(part.grad)
-    return loss, torch.cat(gradients)  # (B, V, D)
-
-
-def update(model, group, optimizer, clip=None, reduce=None):
-    """The optimizer step of one group of blocks, after its backward. Returns {block name: gradient norm}."""
-    norms = {}
-    if reduce:
-        reduce([p for name in group for p in trainable(model, name)])
-    for name in group:
-        gradients = [p.grad for p in trainable(model, name) if p.grad is not None]
-        norms[name] = torch.nn.utils.get_total_norm(gradients)
-    if clip:
-        total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-        parameters = [p for name in group for p in trainable(model, name)]
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, total)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norms
 
 
 def trainable(model, name):
@@ -166,30 +138,19 @@ def make_optimizers(model, *, stage=0, lr=1e-4, betas=(0.9, 0.95), weight_decay=
     """
     # Paper does not say: betas, and that biases, norms and mask tokens have no weight decay. Both are
     # VideoMAE's.
-    staged = REGIMES[model.config["regime"]].staged
-    frozen = stage if staged else int(model.config["frozen"] > 0)  # groups, the first ones
-    optimizers = [None] * frozen
-    for group in model.groups[frozen : frozen + 1] if staged else model.groups[frozen:]:
+    groups, optimizers = model.groups, []
+    if REGIMES[model.config["regime"]].staged:
+        groups, optimizers = groups[stage : stage + 1], [None] * stage
+    for group in groups:
         parameters = [p for name in group for p in trainable(model, name)]
-        optimizers.append(
-            torch.optim.AdamW(
-                [
-                    {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-                    {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-                ],
-                lr=lr,
-                betas=betas,
-                fused=parameters[0].device.type in ("cpu", "cuda"),
-            )
-        )
+        matrices = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay}
+        vectors = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
+        fused = parameters[0].device.type in ("cpu", "cuda")
+        optimizers.append(torch.optim.AdamW([matrices, vectors], lr=lr, betas=betas, fused=fused))
     return optimizers
 
 
-def load_optimizers(optimizers, states):
-    """Give every optimizer its state from a checkpoint."""
-    for optimizer, state in zip(optimizers, states, strict=True):
-        if optimizer is not None:
-            optimizer.load_state_dict(state)
+# ---- the encoder in blocks ----
 
 
 class Block(nn.Module):
@@ -219,7 +180,8 @@ class Blockwise(nn.Module):
 
     blocks: K, which must divide depth. regime: a key of REGIMES. video: (T, H, W) of a clip. tubelet: the
     size of one token, in the same order. depth: encoder layers in all. The others are transformer widths,
-    layers and heads. frozen, target: LayerLock's, see switch().
+    layers and heads. decoder_values: how many values the decoders predict per token; None: the tubelet's
+    pixels.
     `blocks` and `decoders` are keyed "block1".."blockK"; `groups` lists the sets of names that one backward
     trains.
     Raises ValueError where sizes do not fit together.
@@ -238,8 +200,7 @@ class Blockwise(nn.Module):
         decoder_width=192,
         decoder_depth=4,
         decoder_heads=3,
-        frozen=0,
-        target=0,
+        decoder_values=None,
     ):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -261,20 +222,21 @@ class Blockwise(nn.Module):
                 embedding=embedding if k == 0 else None,
                 norm=norm if k == blocks - 1 else None,
             )
-        decoder = {"width": decoder_width, "depth": decoder_depth, "heads": decoder_heads}
         self.decoders = nn.ModuleDict()
         for name in names if REGIMES[regime].local_decoders else names[-1:]:
-            self.decoders[name] = Decoder(tokens=tokens, values=values, encoder_width=width, **decoder)
-            if target:
-                self.decoders[name].head = latent_head(decoder_width, width)
+            self.decoders[name] = Decoder(
+                layers=(Layer(width=decoder_width, heads=decoder_heads) for _ in range(decoder_depth)),
+                tokens=tokens,
+                values=decoder_values or values,
+                encoder_width=width,
+                width=decoder_width,
+            )
 
     @property
     def groups(self):
-        """The sets of names that one backward trains; LayerLock's frozen blocks are one set of their own."""
-        names, frozen = list(self.blocks), self.config["frozen"]
-        if REGIMES[self.config["regime"]].stop_gradient:
-            return [[name] for name in names]
-        return [names[:frozen], names[frozen:]] if frozen else [names]
+        """The sets of names that one backward trains: each block alone if the gradient stops between them."""
+        names = list(self.blocks)
+        return [[name] for name in names] if REGIMES[self.config["regime"]].stop_gradient else [names]
 
     @property
     def stages(self):
@@ -296,11 +258,11 @@ class Blockwise(nn.Module):
     def reconstruct(self, video, visible, masked):
         """Every decoder's prediction of the normalised masked tubelets: {"block1": (B, M, P), ...}.
 
-        Empty if the decoder predicts the output of a block instead.
+        Empty if the decoders predict something else than pixels.
         """
-        if self.config["target"]:
+        if self.config["decoder_values"] is not None:
             return {}
-        h, predictions = take(patchify(video, self.tubelet), visible), {}  # (B, V, P)
+        h, predictions = gather_tokens(patchify(video, self.tubelet), visible), {}  # (B, V, P)
         for name, block in self.blocks.items():
             h = block(h, visible)  # (B, V, D)
             if name in self.decoders:
@@ -323,71 +285,9 @@ def check_sizes(config):
             raise ValueError(
                 f"{size} {what} is not a multiple of the tubelet's {part}; try {near} or {near + part}."
             )
-    for what in ("frozen", "target"):
-        if not 0 <= config[what] < blocks or (config[what] and not REGIMES[regime].freezing):
-            raise ValueError(
-                f"{what} {config[what]} is not possible with {blocks} blocks in regime {regime}."
-            )
     for width, heads in (("width", "heads"), ("decoder_width", "decoder_heads")):
         if config[width] % (2 * config[heads]):
             raise ValueError(f"{width} {config[width]} is not an even multiple of {heads} {config[heads]}.")
-
-
-# ---- LayerLock: progressive freezing (Erdogan et al., arXiv 2509.10156) ----
-
-
-def frozen_blocks(step, *, start, every, until):
-    """How many blocks are frozen at a step: none before `start`, then one more every `every` steps.
-
-    until: the most. start -1: none ever. every 0: all at once. With K = depth, a block is one layer, as in
-    LayerLock. Sequential blockwise training is the other end of this axis: blocks of many layers, a full pass
-    over the data before each is frozen, a fresh decoder for each, and pixels as target throughout.
-    """
-    if start < 0 or step < start:
-        return 0
-    return min(until, 1 + (step - start) // every) if every else until
-
-
-def switch(model, optimizers, *, frozen, target=0, **hyper):
-    """Freeze blocks 1..frozen from now on, and predict the output of block `target`; 0: pixels.
-
-    What still learns keeps its AdamW state; that of the frozen blocks is freed. When the target changes from
-    pixels to a block's output, the decoder gets a new head of that width, drawn from torch's random state.
-    hyper: as for make_optimizers(). Returns the optimizers for train_step().
-    """
-    config = model.config
-    if target and not config["target"]:
-        for decoder in model.decoders.values():
-            device = decoder.head.weight.device
-            decoder.head = latent_head(config["decoder_width"], config["width"]).to(device)
-    config |= {"frozen": frozen, "target": target}
-    check_sizes(config)
-    old, fresh = optimizers[-1].state, make_optimizers(model, **hyper)
-    for p in (p for group in fresh[-1].param_groups for p in group["params"] if p in old):
-        fresh[-1].state[p] = old[p]
-    return fresh
-
-
-def latent_head(decoder_width, width):
-    """The decoder's last layer, when it predicts tokens."""
-    return nn.Linear(decoder_width, width).apply(init_weights)
-
-
-@torch.no_grad()
-def latent_target(model, patches, masked, dtype=None):
-    """LayerLock's target: what block `target` makes of the whole clip, at the masked positions: (B, M, D).
-
-    patches: (B, N, P). No gradient goes through it.
-    """
-    # Paper does not say: whether the target is normalised. Ours is, token by token, as no two layers have the
-    # same scale.
-    names = list(model.blocks)[: model.config["target"]]
-    everything = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)  # (B, N)
-    h = patches
-    with autocast(patches, dtype):
-        for name in names:
-            h = model.blocks[name](h, everything)  # (B, N, D)
-    return take(F.layer_norm(h.float(), h.shape[-1:]), masked)  # (B, M, D)
 
 
 def count_parameters(model):
@@ -436,178 +336,15 @@ def load(path, device="cpu"):
     if not path.is_file():
         raise ValueError(f"There is no checkpoint {path}; name a folder that train.py has written.")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load() does not look at the checksums that it wrote
+            if archive.testzip():
+                raise ValueError("its checksums do not fit; it was damaged on disk")
         checkpoint = torch.load(path, map_location=device, weights_only=True)  # data only: no code is run
         model = Blockwise(**checkpoint["config"]).to(device)
         model.load_state_dict(checkpoint["model"])
-    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged: {reason:.200}") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} holds more than tensors and plain values; it is not read.") from None
+    except (zipfile.BadZipFile, EOFError, LookupError, TypeError, RuntimeError, ValueError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged: {why:.200}") from None
     return model.eval(), checkpoint
-
-
-# ---- several processes, by torch.distributed ----
-
-
-class Alone:
-    """A run in one process. Replicas and Pipeline say what differs in several: torchrun starts them."""
-
-    rank, parts, reads, reduce = 0, 1, True, None  # parts of every batch; does this process read clips?
-
-    def share(self, tensor):
-        """This process's part of a tensor of the whole batch."""
-        return tensor
-
-    def take_part(self, model, optimizers):
-        """What this process trains of the model, with its optimizers."""
-        return model, optimizers
-
-    def pass_on(self, video):
-        """The clips of a step, None where they come from another process."""
-        return video
-
-    def agree(self, stop, save):
-        """What all processes do after a step: (stop?, save?)."""
-        return stop, save
-
-    def collect(self, losses, norms):
-        """Losses and gradient norms, {name: float}, of the whole batch and model, on rank 0."""
-        return losses, norms
-
-    def whole(self, model, optimizers):
-        """The whole model and its optimizers, on rank 0."""
-        return model, optimizers
-
-    def close(self):
-        """End together: no process leaves while another one still wants to hear from it."""
-
-
-def leave():
-    """Wait for all processes, then end the connection to them."""
-    with contextlib.suppress(RuntimeError):  # one that is through already may close its end
-        dist.barrier()
-    if torch.cuda.is_available():  # NCCL asks for it; gloo's can hang where another process has left
-        dist.destroy_process_group()
-
-
-class Replicas(Alone):
-    """Data parallel: every process holds the whole model and computes its part of every batch.
-
-    Gradients are sums over the parts, weighted by `share` in train_step(): the batch keeps its meaning. Each
-    block's are summed as soon as its own backward is done, before its optimizer step.
-    """
-
-    def __init__(self):
-        self.rank, self.parts = dist.get_rank(), dist.get_world_size()
-
-    def share(self, tensor):
-        """Rows of this process."""
-        return tensor.tensor_split(self.parts)[self.rank]
-
-    def reduce(self, parameters):
-        """Sum gradients over the processes, in one message."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        together = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(together)
-        for gradient, total in zip(gradients, together.split([g.numel() for g in gradients])):
-            gradient.copy_(total.view_as(gradient))
-
-    def agree(self, stop, save):
-        """One that was told to stop stops all; rank 0 says when to save."""
-        code = torch.tensor([int(stop)])
-        dist.all_reduce(code, op=dist.ReduceOp.MAX)
-        return bool(code), save
-
-    def close(self):
-        """Wait for all."""
-        leave()
-
-    def collect(self, losses, norms):
-        """Losses are sums over the parts, weighted by their share; the norms are those of the sum."""
-        total = torch.tensor(list(losses.values()), dtype=torch.float64)
-        dist.all_reduce(total)
-        return dict(zip(losses, total.tolist())), norms
-
-
-class Pipeline(Alone):
-    """Simultaneous training with a process for each block: rank k - 1 holds block k, its decoder and AdamW.
-
-    No gradient crosses a boundary (Sec. 3.1), so nothing ever comes back: rank k works on a batch while rank
-    k - 1 works on the next one. The numbers are those of one process, bit for bit.
-    """
-
-    TOKENS, VIDEO, CODE = 1, 2, 3  # kinds of message
-
-    def __init__(self, *, batch, device="cpu"):
-        self.rank, self.last, self.device = dist.get_rank(), dist.get_world_size() - 1, device
-        self.batch, self.sent, self.reads = batch, collections.deque(), self.rank == 0
-
-    def send(self, tensor, kind):
-        """Start sending to the next process. At most a few messages are under way: a fast process waits."""
-        if self.rank < self.last:
-            tensor = tensor.contiguous()
-            self.sent.append((dist.isend(tensor, self.rank + 1, tag=kind), tensor))
-            while len(self.sent) > 6:
-                self.sent.popleft()[0].wait()
-
-    def receive(self, shape, dtype, kind):
-        """Wait for a tensor from the process before."""
-        tensor = torch.empty(shape, dtype=dtype, device="cpu" if kind == self.CODE else self.device)
-        dist.recv(tensor, self.rank - 1, tag=kind)
-        return tensor
-
-    def take_part(self, model, optimizers):
-        """Keep this rank's block only; its forward receives h_{k-1} and sends h_k."""
-        self.config, name, width = model.config, list(model.blocks)[self.rank], model.config["width"]
-        model.blocks = nn.ModuleDict({name: model.blocks[name]})
-        model.decoders = nn.ModuleDict({name: model.decoders[name]})
-        if self.rank > 0:
-            model.blocks[name].register_forward_pre_hook(
-                lambda _, args: (self.receive((*args[1].shape, width), torch.float32, self.TOKENS), args[1])
-            )
-        model.blocks[name].register_forward_hook(lambda _, args, h: self.send(h.detach(), self.TOKENS))
-        return model, optimizers[self.rank : self.rank + 1]
-
-    def pass_on(self, video):
-        """Every block's targets are pixels: the clips follow the tokens."""
-        if self.rank == 0:
-            video = video.to(self.device)
-        else:
-            video = self.receive((self.batch, *self.config["video"], 3), torch.uint8, self.VIDEO)
-        self.send(video, self.VIDEO)
-        return video
-
-    def agree(self, stop, save):
-        """Rank 0 decides; the others hear of it after the same step."""
-        code = torch.tensor([stop, save], dtype=torch.uint8)
-        if self.rank > 0:
-            code = self.receive((2,), torch.uint8, self.CODE)
-        self.send(code, self.CODE)
-        return tuple(map(bool, code))
-
-    def collect(self, losses, norms):
-        """Those of all blocks."""
-        found = self.gather((losses, norms))
-        return [{name: value for part in found for name, value in part[i].items()} for i in range(2)]
-
-    def whole(self, model, optimizers):
-        """For pictures and checkpoints, rank 0 puts the blocks together, for a moment only."""
-        parts = self.gather((model.state_dict(), [optimizer.state_dict() for optimizer in optimizers]))
-        if self.rank > 0:
-            return None, None
-        model = Blockwise(**self.config).to(self.device)
-        model.load_state_dict({key: value for state, _ in parts for key, value in state.items()})
-        optimizers = make_optimizers(model)
-        load_optimizers(optimizers, [state for _, states in parts for state in states])
-        return model, optimizers
-
-    def close(self):
-        """Wait until everything sent has arrived, and for all."""
-        for work, _ in self.sent:
-            work.wait()
-        leave()
-
-    def gather(self, value):
-        """What all ranks give, on rank 0; [] elsewhere."""
-        found = [None] * (self.last + 1) if self.rank == 0 else None
-        dist.gather_object(value, found)
-        return found or []

@@ -645,6 +645,96 @@ def upright_crop(frame, reformatter, H, W, crop):
     return np.rot90(scaled.to_ndarray(), turns)[top : top + H, left : left + W]
 
 
+# ---- command lines: what all programs share ----
+
+
+def fail(message, code=2):
+    """End the program with one sentence; exit code 2 is for a mistake that the user can mend."""
+    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the file's docstring as manual, whose errors are one sentence."""
+
+    def __init__(self, description):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False)
+
+    def error(self, message):
+        """One sentence, exit code 2."""
+        fail(f"{message} (--help lists all settings)")
+
+
+def number(kind=int, *, least=None, most=None, above=None, below=None):
+    """A type for argparse: an int or a finite float inside the limits that are given."""
+    limits = {"at least": least, "at most": most, "more than": above, "below": below}
+    limits = " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}")
+        inside = (least is None or value >= least) and (most is None or value <= most)
+        inside = inside and (above is None or value > above) and (below is None or value < below)
+        if not (inside and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} must be {limits or 'finite'}")
+        return value
+
+    return convert
+
+
+def check_output(path, *, folder=False):
+    """ValueError if a file, or files in a folder, cannot be written: said before the work, not after it."""
+    path = Path(path)
+    try:
+        (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable" if folder else path
+        new = not probe.exists()
+        probe.open("ab").close()
+        if new:
+            probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({reason(error)}); name another place.") from None
+
+
+def pick_device(name="auto"):
+    """(device, why it was chosen) of a --device; ValueError if it does not work here."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda", torch.cuda.get_device_name()
+        if torch.backends.mps.is_available():
+            return "mps", "Apple GPU"
+        return "cpu", f"no GPU found; {torch.get_num_threads()} threads"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} does not work here ({why:.200}); try --device cpu.") from None
+    return name, "as asked"
+
+
+@contextlib.contextmanager
+def program():
+    """Around the main() of every program: what ends it ends it with one sentence and without a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except ValueError as error:
+        fail(error)
+    except OSError as error:  # a full disk, for example
+        fail(f"{error.filename or 'a file'}: {reason(error)}", code=1)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        fail("out of memory; try a smaller --batch.", code=1)
+
+
 # ---- batches ----
 
 
@@ -885,16 +975,9 @@ def time_reading(places, names, *, pixels=128, clips=60):
     return [float(np.median(of)) for of in times.values()]
 
 
-def fail(message):
-    """End the program for a mistake that the user can mend: one sentence, exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def main(arguments=None):
     """Pack SRC into DST, if that is given; then say how long the videos of each take to read."""
-    parser = argparse.ArgumentParser(description="Pack a folder of videos; time how fast clips are read.")
-    parser.error = fail
+    parser = Parser("Pack a folder of videos; time how fast clips are read.")
     parser.add_argument("source", metavar="SRC", help="folder of videos")
     parser.add_argument(
         "target", metavar="DST", nargs="?", help="folder to pack them into, by the same names"

@@ -60,20 +60,21 @@ def tube_mask(batch, grid, ratio=0.9, generator=None):
     """
     t, h, w = grid
     order = torch.rand(batch, h * w, generator=generator).argsort(dim=1)
-    hidden = int(ratio * h * w)
-    if not 0 < hidden < h * w:
+    count = int(ratio * h * w)
+    if not 0 < count < h * w:
         raise ValueError(
-            f"Mask ratio {ratio} hides {hidden} of {h * w} places; some must be hidden and some be seen."
+            f"Mask ratio {ratio} masks {count} of the {h} x {w} places of a clip; at least one must be masked "
+            "and one visible: change the ratio, or take larger clips or smaller tubelets."
         )
     slots = torch.arange(t).view(1, t, 1) * (h * w)
 
     def tubes(places):
         return (places.sort(dim=1).values.unsqueeze(1) + slots).flatten(1)
 
-    return tubes(order[:, hidden:]), tubes(order[:, :hidden])  # (B, V), (B, M)
+    return tubes(order[:, count:]), tubes(order[:, :count])  # (B, V), (B, M)
 
 
-def take(tokens, index):
+def gather_tokens(tokens, index):
     """Select tokens of each clip: (B, N, D) and indices (B, V) give (B, V, D)."""
     offset = torch.arange(len(tokens), device=tokens.device).unsqueeze(1) * tokens.shape[1]
     rows = tokens.flatten(0, 1).index_select(0, (index + offset).flatten())
@@ -88,35 +89,15 @@ def normalized_targets(patches):
     """
     # Paper does not say: the normalisation. This is VideoMAE's (x - mean) / (sqrt(unbiased variance) +
     # 1e-6) over one tubelet and channel; the published losses, 0.55 to 0.62, agree with it.
-    x = unit_range(patches).unflatten(-1, (-1, 3))  # (B, M, P/3, 3)
+    x = patches.float() / 255 if patches.dtype == torch.uint8 else patches.float()
+    x = x.unflatten(-1, (-1, 3))  # (B, M, P/3, 3)
     mean = x.mean(dim=2, keepdim=True)  # (B, M, 1, 3)
     x = x - mean
     std = (x.square().sum(dim=2, keepdim=True) / (x.shape[2] - 1)).sqrt() + 1e-6  # faster here than torch.var
     return (x / std).flatten(2), mean, std  # (B, M, P)
 
 
-def unit_range(pixels):
-    """uint8 in 0..255 to float in 0..1; float passes."""
-    return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
-
-
 # ---- transformer ----
-
-
-def sinusoid_positions(tokens, width):
-    """Fixed sinusoid table over the flattened token index, as in VideoMAE. Returns (tokens, width)."""
-    angle = torch.arange(tokens, dtype=torch.float64).unsqueeze(1) * torch.exp(
-        torch.arange(0, width, 2, dtype=torch.float64) * (-math.log(10000.0) / width)
-    )
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()
-
-
-def init_weights(module):
-    """Paper does not say: Xavier-uniform weights and zero biases, as in MAE; LayerNorm keeps 1 and 0."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 class Layer(nn.Module):
@@ -133,7 +114,10 @@ class Layer(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
-        self.apply(init_weights)
+        # Paper does not say: Xavier-uniform weights and zero biases, as in MAE; LayerNorm keeps 1 and 0.
+        for linear in (self.qkv, self.proj, self.fc1, self.fc2):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
     def attention(self, x):
         """Multi-head self-attention over all tokens given. (B, N, D) to (B, N, D)."""
@@ -164,8 +148,13 @@ class TubeletEmbedding(nn.Module):
     def __init__(self, *, tokens=128, values=6144, width=192):
         super().__init__()
         self.linear = nn.Linear(values, width)
-        self.linear.apply(init_weights)
-        self.register_buffer("positions", sinusoid_positions(tokens, width), persistent=False)  # (N, D)
+        nn.init.xavier_uniform_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        # Fixed sinusoids over the flattened token index, as in VideoMAE.
+        rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float64) * (-math.log(10000.0) / width))
+        angle = torch.arange(tokens, dtype=torch.float64).outer(rate)  # (N, D/2)
+        table = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()  # (N, D)
+        self.register_buffer("positions", table, persistent=False)
         # Paper does not say: input normalisation. ImageNet mean and standard deviation, as in VideoMAE.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]), persistent=False)
@@ -174,7 +163,8 @@ class TubeletEmbedding(nn.Module):
         """patches: (B, V, P) uint8, or float in 0..1; index: (B, V), their places in the grid. Returns (B, V,
         D).
         """
-        x = (unit_range(patches).unflatten(-1, (-1, 3)) - self.mean) / self.std  # (B, V, P/3, 3)
+        x = patches.float() / 255 if patches.dtype == torch.uint8 else patches.float()
+        x = (x.unflatten(-1, (-1, 3)) - self.mean) / self.std  # (B, V, P/3, 3)
         return self.linear(x.flatten(2)) + self.positions[index]  # (B, V, D)
 
 
@@ -185,25 +175,32 @@ class Decoder(nn.Module):
     The paper gives every block one of these, with 4 layers of width 192 and 3 heads at every K, size and
     regime. Paper does not say: the inner form. VideoMAE's: Linear without bias, [visible, mask tokens] plus
     its own sinusoid positions, layers, LayerNorm, and a Linear head on the masked tokens only.
+
+    layers: transformer layers of the decoder's width, (B, N, width) to the same; the paper's are
+    `[Layer(width=192, heads=3) for _ in range(4)]`. values: predicted per token, P for pixels.
     """
 
-    def __init__(self, *, tokens=128, values=6144, encoder_width=192, width=192, depth=4, heads=3):
+    def __init__(self, *, layers, tokens=128, values=6144, encoder_width=192, width=192):
         super().__init__()
         self.embed = nn.Linear(encoder_width, width, bias=False)
         self.mask_token = nn.Parameter(torch.empty(width))
-        self.layers = nn.ModuleList(Layer(width=width, heads=heads) for _ in range(depth))
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, values)
-        self.register_buffer("positions", sinusoid_positions(tokens, width), persistent=False)  # (N, D)
-        self.embed.apply(init_weights)
-        self.head.apply(init_weights)
+        nn.init.xavier_uniform_(self.embed.weight)
+        nn.init.xavier_uniform_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
         nn.init.normal_(self.mask_token, std=0.02)
+        rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float64) * (-math.log(10000.0) / width))
+        angle = torch.arange(tokens, dtype=torch.float64).outer(rate)  # (N, width/2)
+        table = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()  # (N, width)
+        self.register_buffer("positions", table, persistent=False)
 
     def forward(self, h, visible, masked):
         """h: (B, V, D) encoder tokens; visible (B, V) and masked (B, M): their indices. Returns (B, M, P)."""
         x = self.embed(h)  # (B, V, decoder width)
-        hidden = self.mask_token + self.positions[masked]  # (B, M, decoder width)
-        x = torch.cat([x + self.positions[visible], hidden], dim=1)  # (B, N, decoder width)
+        queries = self.mask_token + self.positions[masked]  # (B, M, decoder width)
+        x = torch.cat([x + self.positions[visible], queries], dim=1)  # (B, N, decoder width)
         for layer in self.layers:
             x = layer(x)
         return self.head(self.norm(x[:, visible.shape[1] :]))  # (B, M, P)

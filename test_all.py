@@ -45,7 +45,7 @@ from model import (
     normalized_targets,
     patchify,
     sinusoid_positions,
-    take,
+    gather_tokens,
     tube_mask,
     unpatchify,
 )
@@ -168,7 +168,7 @@ def test_embedding_only_visible_tubelets_equals_a_convolution_over_the_whole_vid
     plain = plain.flatten(2).transpose(1, 2) + sinusoid_positions(32, 24)
     expected = torch.stack([tokens[index] for tokens, index in zip(plain, visible)])
     torch.testing.assert_close(
-        embedding(take(patchify(x, (4, 8, 8)), visible), visible), expected, rtol=1e-4, atol=1e-5
+        embedding(gather_tokens(patchify(x, (4, 8, 8)), visible), visible), expected, rtol=1e-4, atol=1e-5
     )
 
 
@@ -481,7 +481,7 @@ def test_layerlocks_target_is_the_frozen_layers_output_for_the_whole_clip(tmp_pa
     with torch.no_grad():
         whole = F.layer_norm(model.encode(video)["block2"], (TOY["width"],))
         expected = torch.stack([tokens[index] for tokens, index in zip(whole, masked)])
-        h = take(patchify(video, model.tubelet), visible)
+        h = gather_tokens(patchify(video, model.tubelet), visible)
         for block in model.blocks.values():
             h = block(h, visible)
         found = model.decoders["block4"](h, visible, masked)

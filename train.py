@@ -61,7 +61,7 @@ from blockwise import (
     train_step,
 )
 from data import READ_ERRORS, BrokenVideos, Scenes, Videos, loader, tile, write_picture, write_video
-from model import SIZES, normalized_targets, patchify, take, tube_mask, unpatchify
+from model import SIZES, normalized_targets, patchify, gather_tokens, tube_mask, unpatchify
 
 # tiny and small: the paper's recipe (Sec. 3.2, 3.4). Paper does not say: batch size. nano: ours, for a CPU.
 RECIPES = {
@@ -512,7 +512,7 @@ def draw(model, clips, path, blocks):
     if not predictions:
         return {}  # the decoder predicts no pixels: there is nothing to see
     patches = patchify(video, model.tubelet).float()  # (B, N, P)
-    target, mean, std = normalized_targets(take(patches, masked) / 255)  # (B, M, P)
+    target, mean, std = normalized_targets(gather_tokens(patches, masked) / 255)  # (B, M, P)
     losses = {name: F.mse_loss(prediction.float(), target).item() for name, prediction in predictions.items()}
 
     def paint(tokens, index, canvas):
@@ -521,7 +521,7 @@ def draw(model, clips, path, blocks):
 
     dark = torch.full_like(patches, 24)
     rows = {"input": video.cpu().numpy()}  # (B, T, H, W, C)
-    rows["visible"] = paint(take(patches, visible), visible, dark)
+    rows["visible"] = paint(gather_tokens(patches, visible), visible, dark)
     rows["target"] = paint(127.5 + 50 * target, masked, dark)
     for name, prediction in predictions.items():
         rows[f"{name} {losses[name]:.3f}"] = paint(127.5 + 50 * prediction.float(), masked, dark)
@@ -849,7 +849,7 @@ def saved_bytes(model):
 def summed_loss(model, video, visible, masked, dtype=None):
     """The sum of all local losses in one graph: the obvious way, which train_step() is compared with."""
     patches, total = patchify(video, model.tubelet), 0.0  # (B, N, P)
-    h, target = take(patches, visible), normalized_targets(take(patches, masked))[0]  # (B, V, P), (B, M, P)
+    h, target = gather_tokens(patches, visible), normalized_targets(gather_tokens(patches, masked))[0]  # (B, V, P), (B, M, P)
     with autocast(video, dtype):
         for name, block in model.blocks.items():
             isolated = REGIMES[model.config["regime"]].stop_gradient
