@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import evaluation_loader, fail
-from model import normalized_targets, patchify, gather_tokens, tube_mask
+from model import gather_tokens, normalized_targets, patchify, tube_mask
 from probe import (
     collect,
     open_data,

@@ -650,6 +650,8 @@ def upright_crop(frame, reformatter, H, W, crop):
 
 def fail(message, code=2):
     """End the program with one sentence; exit code 2 is for a mistake that the user can mend."""
+    if os.environ.get("RANK", "0") != "0":  # torchrun's process 0 says the same, which ends this one
+        time.sleep(2)
     tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(code)
 

@@ -42,10 +42,10 @@ from model import (
     Decoder,
     Layer,
     TubeletEmbedding,
+    gather_tokens,
     normalized_targets,
     patchify,
     sinusoid_positions,
-    gather_tokens,
     tube_mask,
     unpatchify,
 )

@@ -1,0 +1,263 @@
+"""What a training step costs: time, arithmetic and memory, by regime and by number of blocks.
+
+    python bench.py --size tiny --batch 16          # about 3 minutes on 2 CPU cores
+    python bench.py --size tiny --batch 16 --peer   # beside Hugging Face's VideoMAE on the same clips
+
+The steps of all cases take turns in one process, so that all see the same machine; clips are noise. Memory is
+counted, not sampled: activations that autograd saves for backward, at their peak; and weights, gradients and
+AdamW's two moments (state). On a GPU the allocator's peak stands beside them. Then, for every K, the saved
+activations of a simultaneous step and of the obvious way, which sums the local losses and goes backward once.
+"""
+
+import contextlib
+import json
+import math
+import time
+import weakref
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.compiler import set_stance
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from blockwise import REGIMES, Blockwise, autocast, make_optimizers, train_step
+from data import Parser, check_output, number, pick_device, program
+from model import SIZES, gather_tokens, normalized_targets, patchify, tube_mask
+from train import default_slices
+
+
+@contextlib.contextmanager
+def saved_bytes(model):
+    """Count the bytes that autograd keeps for backward, weights aside. Yields {"now": n, "peak": n}."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    count, holders = {"now": 0, "peak": 0}, Counter()
+
+    class Kept:
+        pass
+
+    def release(place, size):
+        holders[place] -= 1
+        count["now"] -= 0 if holders[place] else size
+
+    def pack(tensor):
+        kept, storage = Kept(), tensor.untyped_storage()
+        kept.tensor, place, size = tensor.detach(), storage.data_ptr(), storage.nbytes()
+        if place not in weights:
+            count["now"] += 0 if holders[place] else size
+            holders[place] += 1
+            count["peak"] = max(count["peak"], count["now"])
+            weakref.finalize(kept, release, place, size)
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        yield count
+
+
+def summed_loss(model, video, visible, masked, dtype=None):
+    """The sum of all local losses in one graph: the obvious way, which train_step() is compared with."""
+    patches, total = patchify(video, model.tubelet), 0.0  # (B, N, P)
+    target = normalized_targets(gather_tokens(patches, masked))[0]  # (B, M, P)
+    h = gather_tokens(patches, visible)  # (B, V, P)
+    with autocast(video, dtype):
+        for name, block in model.blocks.items():
+            isolated = REGIMES[model.config["regime"]].stop_gradient
+            h = block(h.detach() if isolated else h, visible)  # (B, V, D)
+            if name in model.decoders:
+                total = total + F.mse_loss(model.decoders[name](h, visible, masked).float(), target)
+    return total
+
+
+def noise(args, model):
+    """A batch to compute on: (video, visible, masked)."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (args.batch, *model.video, 3)
+    video = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    masks = tube_mask(args.batch, model.grid, 0.9, generator)
+    return [tensor.to(args.device) for tensor in (video, *masks)]
+
+
+def case(args, regime, blocks, slices):
+    """(model, its training step as a function without arguments) of one row of the table."""
+    torch.manual_seed(0)
+    model = Blockwise(**SIZES[args.size], regime=regime, blocks=blocks).to(args.device).train()
+    optimizers = make_optimizers(model, stage=model.stages - 1)  # sequential: its last stage, the dearest
+    batch, dtype = noise(args, model), torch.bfloat16 if args.dtype == "bf16" else None
+    if args.compile:
+        for part in [*model.blocks.values(), *model.decoders.values()]:
+            part.compile()
+    return model, lambda: train_step(model, optimizers, *batch, dtype=dtype, slices=slices)
+
+
+def peer_case(args):
+    """case() for Hugging Face's VideoMAE in the shape of --size: the peer that people train today."""
+    try:
+        from transformers import VideoMAEConfig, VideoMAEForPreTraining
+    except ImportError:
+        raise ValueError("--peer needs transformers; install it with: pip install transformers") from None
+    ours = Blockwise(**SIZES[args.size], regime="e2e")
+    c, (video, _, masked) = ours.config, noise(args, ours)
+    names = (
+        "hidden_size num_attention_heads intermediate_size decoder_hidden_size decoder_num_attention_heads"
+    )
+    names += (
+        " decoder_intermediate_size decoder_num_hidden_layers tubelet_size patch_size num_frames image_size"
+    )
+    values = [c["width"], c["heads"], 4 * c["width"], c["decoder_width"], c["decoder_heads"]]
+    values += [4 * c["decoder_width"], c["decoder_depth"], ours.tubelet[0], ours.tubelet[1], *ours.video[:2]]
+    model = VideoMAEForPreTraining(VideoMAEConfig(**dict(zip(names.split(), values)))).to(args.device).train()
+    mask = torch.zeros(args.batch, math.prod(ours.grid), dtype=torch.bool, device=args.device)
+    mask.scatter_(1, masked, True)
+    pixels = video.permute(0, 1, 4, 2, 3).float() / 255  # (B, T, C, H, W)
+    pixels = (pixels - 0.45) / 0.225
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step():
+        with autocast(pixels, torch.bfloat16 if args.dtype == "bf16" else None):
+            loss = model(pixels, bool_masked_pos=mask).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return model, step
+
+
+def time_in_turn(steps, rounds, device):
+    """Seconds of every step, {name: [rounds]}; two more rounds come first, to warm up."""
+    seconds = {name: [] for name in steps}
+    for _ in tqdm(range(2 + rounds), "rounds", leave=False):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if device != "cpu":
+                getattr(torch, device.partition(":")[0]).synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: values[2:] for name, values in seconds.items()}
+
+
+def costs(model, step, device):
+    """FLOPs, megabytes of saved activations, of state, and of a GPU's peak for one step."""
+    # Fused attention and compiled code would hide FLOPs from the counter.
+    with sdpa_kernel(SDPBackend.MATH), set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        step()
+    with saved_bytes(model) as saved:
+        step()
+    found = {"GFLOP": counter.get_total_flops() / 1e9, "saved MB": saved["peak"] / 2**20}
+    found["state MB"] = 4 * 4 * sum(p.numel() for p in model.parameters()) / 2**20
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        found["peak MB"] = torch.cuda.max_memory_allocated() / 2**20
+    return found
+
+
+def saved_by_blocks(args):
+    """Megabytes of saved activations for every K: {K: {"summed": of the obvious way, "block by block": ours}}."""
+    found = {}
+    for blocks in tqdm((1, 2, 3, 4, 6, 12), "memory by K", leave=False):
+        model, step = case(args, "simultaneous", blocks, args.slices)
+        few = min(4, args.batch)  # what the obvious way saves grows with the clips
+        with saved_bytes(model) as summed:
+            summed_loss(model, *(x[:few] for x in noise(args, model)))
+        with saved_bytes(model) as stepwise:
+            step()
+        found[blocks] = {"summed": summed["peak"] / 2**20 * args.batch / few}
+        found[blocks]["block by block"] = stepwise["peak"] / 2**20
+    return found
+
+
+def matmul_rate(args, size=2048):
+    """The machine's own GFLOP/s, by a large matrix product."""
+    a = torch.randn(size, size, device=args.device).to(
+        torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    )
+    seconds = time_in_turn({"": lambda: a @ a}, 10, args.device)[""]
+    return 2 * size**3 / float(np.median(seconds)) / 1e9
+
+
+def plot_memory(saved, path, *, title=""):
+    """Draw the saved activations of a step against K. saved: {K: {way: megabytes}}."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("(no picture: pip install matplotlib draws one)")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    for way in next(iter(saved.values())):
+        axis.plot(list(saved), [row[way] for row in saved.values()], marker="o", label=way)
+    axis.set(yscale="log", xticks=list(saved), xlabel="blocks K", ylabel="saved activations, MB", title=title)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def benchmark(args):
+    """Print the tables; write bench.json and memory.png."""
+    cases = {"e2e": case(args, "e2e", args.blocks, args.slices)}
+    if args.peer:
+        cases["Hugging Face"] = peer_case(args)
+    else:
+        if args.slices > 1:
+            cases["e2e, decoder at once"] = case(args, "e2e", args.blocks, 1)
+        for regime in REGIMES:
+            cases[regime] = case(args, regime, args.blocks, args.slices)
+    rate = matmul_rate(args)
+    seconds = time_in_turn({name: step for name, (_, step) in cases.items()}, args.rounds, args.device)
+    print(
+        f"{args.size}, K = {args.blocks}, batch {args.batch}, {args.device}, {args.dtype}, {torch.__version__}"
+    )
+    print(f"a large matrix product runs at {rate:.0f} GFLOP/s")
+    found, e2e = {}, np.array(seconds["e2e"])
+    for name, (model, step) in cases.items():
+        ms = 1e3 * float(np.median(seconds[name]))
+        found[name] = {"ms": ms, "time / e2e": float(np.median(np.array(seconds[name]) / e2e))}
+        found[name]["clips/s"] = 1e3 * args.batch / ms
+        found[name].update(costs(model, step, args.device))
+        found[name]["of the rate"] = found[name]["GFLOP"] / ms * 1e3 / rate
+    print(f"{'':22}" + "".join(f"{column:>12}" for column in found["e2e"]))
+    for name, row in found.items():
+        print(f"{name:22}" + "".join(f"{value:12.{2 if value < 10 else 0}f}" for value in row.values()))
+    written = {"arguments": vars(args), "torch": torch.__version__, "steps": found}
+    if not args.peer:
+        written["saved MB by K"] = saved_by_blocks(args)
+        print("\nsaved MB by K" + "".join(f"{blocks:>9}" for blocks in written["saved MB by K"]))
+        for way in ("summed", "block by block"):
+            rows = written["saved MB by K"].values()
+            print(f"{way:14}" + "".join(f"{row[way]:9.1f}" for row in rows))
+        plot_memory(
+            written["saved MB by K"], args.out / "memory.png", title=f"{args.size}, batch {args.batch}"
+        )
+    (args.out / "bench.json").write_text(json.dumps(written, indent=1, default=str) + "\n")
+    print(f"\n{args.out}/bench.json")
+
+
+def main(arguments=None):
+    """Measure what the command line says."""
+    with program():
+        flags = Parser(__doc__)
+        flags.add_argument("--size", choices=SIZES, default="nano", help="model [nano]")
+        flags.add_argument("--blocks", type=number(least=1), default=4, help="K [4]")
+        flags.add_argument("--batch", type=number(least=1), default=16, help="clips in a step [16]")
+        flags.add_argument("--slices", type=number(least=1), help="of the batch in a decoder [as train.py]")
+        flags.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast [fp32]")
+        flags.add_argument("--device", default="auto", help="auto, cpu, cuda [auto]")
+        flags.add_argument("--compile", action="store_true", help="torch.compile blocks and decoders")
+        flags.add_argument("--rounds", type=number(least=1), default=15, help="timed steps of each [15]")
+        flags.add_argument("--peer", action="store_true", help="beside Hugging Face's VideoMAE instead")
+        flags.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder [runs/bench]")
+        args = flags.parse_args(arguments)
+        args.device, _ = pick_device(args.device)
+        args.slices = args.slices or default_slices(args.batch, args.device)
+        check_output(args.out, folder=True)
+        benchmark(args)
+
+
+if __name__ == "__main__":
+    main()
