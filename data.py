@@ -667,6 +667,14 @@ class Parser(argparse.ArgumentParser):
         """One sentence, exit code 2."""
         fail(f"{message} (--help lists all settings)")
 
+    def parse_args(self, *arguments):
+        """As argparse's; an empty text is a mistake, a shell variable that is not set for example."""
+        found = super().parse_args(*arguments)
+        for name, value in vars(found).items():
+            if value == "" or value == [""]:
+                self.error(f"--{name.replace('_', '-')} is empty; leave it out, or say which")
+        return found
+
 
 def number(kind=int, *, least=None, most=None, above=None, below=None):
     """A type for argparse: an int or a finite float inside the limits that are given."""

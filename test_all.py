@@ -1,13 +1,16 @@
 """The promises of this project, each as a test: python -m pytest -q test_all.py
 
-In the order of the files: model.py, blockwise.py, data.py, train.py, probe.py, analyze.py, README.md.
+In the order of the files: model.py, blockwise.py, data.py, train.py, probe.py, analyze.py; then those that stand
+above them, whose tests are skipped where the file is missing; README.md last.
 """
 
-import argparse
 import errno
 import faulthandler
+import importlib
+import inspect
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -17,7 +20,6 @@ import struct
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -45,11 +47,23 @@ from model import (
     gather_tokens,
     normalized_targets,
     patchify,
-    sinusoid_positions,
     tube_mask,
     unpatchify,
 )
-from train import saved_bytes
+
+
+def extra(name):
+    """(the module, a mark for its tests): tests of a file that stands above the core need that file."""
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError:
+        module = None
+    return module, pytest.mark.skipif(module is None, reason=f"{name}.py is not here")
+
+
+layerlock, with_layerlock = extra("layerlock")
+pipeline, with_pipeline = extra("pipeline")
+bench, with_bench = extra("bench")
 
 torch.set_num_threads(1)  # the models below are so small that more threads only wait for each other
 
@@ -75,6 +89,17 @@ def weights(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+def summed_loss(model, video, visible, masked):
+    """The sum of all local losses in one graph: the obvious way, which train_step() must equal."""
+    h, total = gather_tokens(patchify(video, model.tubelet), visible), 0.0
+    target = normalized_targets(gather_tokens(patchify(video, model.tubelet), masked))[0]
+    for name, block in model.blocks.items():
+        h = block(h.detach() if REGIMES[model.config["regime"]].stop_gradient else h, visible)
+        if name in model.decoders:
+            total = total + F.mse_loss(model.decoders[name](h, visible, masked), target)
+    return total
+
+
 def differing(before, after):
     """Names of the entries that are not equal bit for bit."""
     assert before.keys() == after.keys()
@@ -87,12 +112,12 @@ def differing(before, after):
 def test_paper_mask_hides_57_of_64_tubes_and_leaves_14_tokens():
     visible, masked = tube_mask(100, (2, 8, 8), 0.9)
     assert visible.shape == (100, 14) and masked.shape == (100, 114)
-    for seen, hidden in zip(visible, masked):
-        assert torch.equal(torch.cat([seen, hidden]).sort().values, torch.arange(128))
-        first, second = seen[:7], seen[7:]
+    for kept, dropped in zip(visible, masked):
+        assert torch.equal(torch.cat([kept, dropped]).sort().values, torch.arange(128))
+        first, second = kept[:7], kept[7:]
         assert torch.equal(first + 64, second)  # a tube: the same places in both time slots
-        assert (hidden < 64).sum() == (hidden >= 64).sum() == 57
-    assert len({tuple(seen.tolist()) for seen in visible}) == 100  # a mask of its own for every clip
+        assert (dropped < 64).sum() == (dropped >= 64).sum() == 57
+    assert len({tuple(kept.tolist()) for kept in visible}) == 100  # a mask of its own for every clip
     assert torch.bincount(visible[:, :7].flatten(), minlength=64).min() > 0  # every place can be seen
 
 
@@ -100,7 +125,7 @@ def test_mask_is_reproducible_and_refuses_ratios_that_hide_all_or_nothing():
     first, second = (tube_mask(3, (2, 8, 8), 0.9, torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     for ratio in (0.001, 1.0):
-        with pytest.raises(ValueError, match="some must be hidden"):
+        with pytest.raises(ValueError, match="at least one must be masked"):
             tube_mask(1, (2, 8, 8), ratio)
 
 
@@ -132,7 +157,8 @@ def test_targets_have_mean_0_and_unbiased_variance_1_in_every_tubelet_and_channe
 
 
 def test_positions_are_the_published_sinusoid_table():
-    table = sinusoid_positions(5, 6)
+    table = TubeletEmbedding(tokens=5, values=3, width=6).positions
+    assert torch.equal(table, Decoder(layers=[], tokens=5, width=6).positions)
     for position in range(5):
         for j in range(6):
             angle = position / 10000 ** (2 * (j // 2) / 6)
@@ -165,7 +191,7 @@ def test_embedding_only_visible_tubelets_equals_a_convolution_over_the_whole_vid
     kernel = embedding.linear.weight.view(24, 4, 8, 8, 3).permute(0, 4, 1, 2, 3)
     pixels = (x.float() / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     plain = F.conv3d(pixels.permute(0, 4, 1, 2, 3), kernel, embedding.linear.bias, stride=(4, 8, 8))
-    plain = plain.flatten(2).transpose(1, 2) + sinusoid_positions(32, 24)
+    plain = plain.flatten(2).transpose(1, 2) + embedding.positions
     expected = torch.stack([tokens[index] for tokens, index in zip(plain, visible)])
     torch.testing.assert_close(
         embedding(gather_tokens(patchify(x, (4, 8, 8)), visible), visible), expected, rtol=1e-4, atol=1e-5
@@ -174,17 +200,39 @@ def test_embedding_only_visible_tubelets_equals_a_convolution_over_the_whole_vid
 
 def test_decoder_equals_the_plain_way_with_all_tokens_in_their_places():
     torch.manual_seed(0)
-    decoder = Decoder(tokens=32, values=60, encoder_width=24, width=16, depth=2, heads=2)
+    layers = [Layer(width=16, heads=2) for _ in range(2)]
+    decoder = Decoder(layers=layers, tokens=32, values=60, encoder_width=24, width=16)
     h, (visible, masked) = torch.randn(3, 8, 24), tube_mask(3, (2, 4, 4), 0.75)
     full = decoder.mask_token.expand(3, 32, 16).clone()
     for i in range(3):
         full[i, visible[i]] = decoder.embed(h[i])
-    full = full + sinusoid_positions(32, 16)
+    full = full + decoder.positions
     for layer in decoder.layers:
         full = layer(full)
     expected = decoder.head(decoder.norm(full))  # head on every token
     expected = torch.stack([tokens[index] for tokens, index in zip(expected, masked)])
     torch.testing.assert_close(decoder(h, visible, masked), expected, rtol=1e-4, atol=1e-5)
+
+
+def pasted(thing):
+    """A function or class taken alone into an empty module that has only torch, its usual names and math."""
+    place = {"torch": torch, "nn": torch.nn, "F": F, "math": math, "np": np}
+    exec(inspect.getsource(thing), place)  # noqa: S102
+    return place[thing.__name__]
+
+
+def test_the_pieces_of_the_model_work_pasted_alone():
+    video = clips(2)
+    visible, masked = pasted(tube_mask)(2, (2, 4, 4), 0.75)
+    patches = pasted(patchify)(video, (4, 8, 8))
+    h = pasted(TubeletEmbedding)(tokens=32, values=768, width=24)(
+        pasted(gather_tokens)(patches, visible), visible
+    )
+    h = pasted(Layer)(width=24, heads=2)(h)
+    decoder = pasted(Decoder)(layers=[torch.nn.Identity()], tokens=32, values=768, encoder_width=24, width=16)
+    target, _, _ = pasted(normalized_targets)(gather_tokens(patches, masked))
+    assert decoder(h, visible, masked).shape == target.shape == (2, 24, 768)
+    assert torch.equal(pasted(unpatchify)(patches, TOY["video"], (4, 8, 8)), video)
 
 
 # ---- blockwise.py ----
@@ -268,7 +316,7 @@ def gradients_at_step(optimizers):
 def test_gradients_equal_those_of_the_sum_of_losses(regime, slices):
     model = toy(regime, blocks=4)
     batch = (clips(), *masks(model))
-    expected = torch.autograd.grad(train.summed_loss(model, *batch), list(model.parameters()))
+    expected = torch.autograd.grad(summed_loss(model, *batch), list(model.parameters()))
     found = gradients_at_step(optimizers := make_optimizers(model))
     parameters = list(model.parameters())
     train_step(model, optimizers, *batch, slices=slices)
@@ -291,17 +339,17 @@ def test_the_loss_of_a_block_gives_no_gradient_to_any_other_block():
 
 @pytest.mark.parametrize("clip", [None, 0.01])
 def test_scaling_the_loss_of_block_2_leaves_the_other_blocks_bit_equal(clip, monkeypatch):
-    ends, plain = [], blockwise.local_loss
+    ends, plain = [], blockwise.decoder_backward
     for factor in (1.0, 100.0):
         model = toy(blocks=4)
 
-        def scaled(decoder, *rest, model=model, factor=factor, **how):
-            loss, gradient = plain(decoder, *rest, **how)
+        def scaled(decoder, *rest, model=model, factor=factor, **settings):
+            loss, gradient = plain(decoder, *rest, **settings)
             if decoder is model.decoders["block2"]:
                 return loss, factor * gradient
             return loss, gradient
 
-        monkeypatch.setattr(blockwise, "local_loss", scaled)
+        monkeypatch.setattr(blockwise, "decoder_backward", scaled)
         # One step: from the second on, blocks 3 and 4 read another block 2.
         train_step(model, make_optimizers(model, lr=1e-2), clips(), *masks(model), clip=clip)
         ends.append(weights(model))
@@ -334,47 +382,6 @@ def test_block_1_learns_the_same_in_simultaneous_and_sequential():
     assert not differing(*(weights(model.decoders["block1"]) for model in ends))
 
 
-@pytest.mark.parametrize("blocks,of_summed,of_e2e", [(4, 0.25, 0.2), (12, 0.08, 0.15)])
-def test_a_simultaneous_step_keeps_the_activations_of_one_block_and_one_slice(blocks, of_summed, of_e2e):
-    batch, saved = None, {}
-    for regime in ("e2e", "simultaneous"):
-        model = Blockwise(**SIZES["nano"], blocks=blocks, regime=regime)
-        batch = batch or (clips(16, model.video), *masks(model, 16, ratio=0.9))
-        with saved_bytes(model) as saved[f"{regime}, one graph"]:
-            train.summed_loss(model, *batch).backward()
-        with saved_bytes(model) as saved[regime]:
-            train_step(model, make_optimizers(model), *batch, slices=8)
-    assert all(count["now"] == 0 < count["peak"] for count in saved.values())
-    peak = {name: count["peak"] for name, count in saved.items()}
-    assert peak["simultaneous"] <= of_summed * peak["simultaneous, one graph"]
-    assert peak["simultaneous"] <= of_e2e * peak["e2e, one graph"]
-    assert peak["e2e"] <= 0.5 * peak["e2e, one graph"]
-
-
-def test_saved_bytes_counts_each_buffer_once_and_no_weights():
-    linear = torch.nn.Linear(8, 8)
-    x = torch.randn(4, 8)
-    with saved_bytes(linear) as count:
-        y = linear(x).exp()  # keeps x and its result
-        z = linear(x[:2]) * linear(x[2:])  # keeps x again, and both factors
-        assert count["now"] == count["peak"] == 4 * (4 * 8 + 4 * 8 + 2 * 2 * 8)
-        del y
-        assert count["now"] == 4 * (4 * 8 + 2 * 2 * 8)
-        z.sum().backward()
-        assert count["now"] == 0
-
-
-def test_frozen_blocks_run_without_a_graph():
-    model = toy("sequential", blocks=4)
-    batch = (clips(8), *masks(model, 8))
-    peaks = []
-    for stage in range(4):
-        with saved_bytes(model) as kept:
-            train_step(model, make_optimizers(model, stage=stage), *batch)
-        peaks.append(kept["peak"])
-    assert max(peaks[1:3]) <= min(peaks[1:3]) * 1.01  # however many frozen blocks come before
-
-
 @pytest.mark.parametrize("regime", list(REGIMES))
 def test_every_regime_lowers_every_loss_on_one_batch(regime):
     model = toy(regime, blocks=2)
@@ -386,21 +393,6 @@ def test_every_regime_lowers_every_loss_on_one_batch(regime):
             history.append(train_step(model, optimizers, *batch)[0])
         for name in history[0]:
             assert history[-1][name] < 0.9 * history[0][name]
-
-
-def test_a_batch_in_parts_has_the_gradients_of_the_whole_batch():
-    for regime in ("simultaneous", "e2e"):
-        gradients = []
-        for cuts in ((0, 5), (0, 3, 5)):
-            model = toy(regime, blocks=2)
-            tensors = (clips(5), *masks(model, 5))
-            found = gradients_at_step(optimizers := make_optimizers(model))
-            for a, b in itertools.pairwise(cuts):
-                how = {"share": (b - a) / 5, "complete": b == 5}
-                train_step(model, optimizers, *(x[a:b] for x in tensors), **how)
-            gradients.append([found[p] for p in model.parameters()])
-        for whole, parts in zip(*gradients, strict=True):
-            torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-7)
 
 
 def test_clipping_is_by_block():
@@ -435,58 +427,6 @@ def test_weights_decay_but_biases_norms_and_mask_tokens_do_not():
         assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
         assert all(names[p].endswith("weight") and "norm" not in names[p] for p in decayed["params"])
         assert all(re.search("bias|norm|mask_token", names[p]) for p in plain["params"])
-
-
-def test_layerlock_freezes_one_block_after_the_other():
-    paper = {"start": 160, "every": 10, "until": 32}  # thousands of steps, 48 layers
-    steps = (0, 159, 160, 169, 170, 469, 470, 1000)
-    assert [blockwise.frozen_blocks(step, **paper) for step in steps] == [0, 0, 1, 1, 2, 31, 32, 32]
-    assert [blockwise.frozen_blocks(step, start=5, every=0, until=3) for step in (4, 5, 9)] == [0, 3, 3]
-    assert blockwise.frozen_blocks(10**6, start=-1, every=1, until=3) == 0
-    config = train.parse(["--regime", "layerlock"])[0]
-    assert config.blocks == 12 and train.freezing(config, 3000) == {"start": 1000, "every": 250, "until": 8}
-
-
-@pytest.mark.parametrize("target", ["pixels", "latent"])
-def test_frozen_layers_stay_bit_equal_ever_after(target):
-    model = toy("layerlock", blocks=4)
-    optimizers, frozen = make_optimizers(model, lr=1e-2), {}
-    for step in range(8):
-        count = blockwise.frozen_blocks(step, start=2, every=2, until=3)
-        if count != model.config["frozen"]:
-            old = {id(p): state["exp_avg"].clone() for p, state in optimizers[-1].state.items()}
-            how = {"frozen": count, "target": count * (target == "latent"), "lr": 1e-2}
-            optimizers = blockwise.switch(model, optimizers, **how)
-            left = optimizers[-1].state  # AdamW's state: of what still learns, and unchanged
-            assert left and all(torch.equal(state["exp_avg"], old[id(p)]) for p, state in left.items())
-            gone = {id(p) for name in model.groups[0] for p in model.blocks[name].parameters()}
-            assert not gone & {id(p) for p in left} and optimizers[0] is None
-            frozen |= {name: weights(model.blocks[name]) for name in model.groups[0] if name not in frozen}
-        before = weights(model.blocks["block4"])
-        losses, norms = train_step(model, optimizers, clips(seed=step), *masks(model, seed=step))
-        assert list(losses) == ["block4"] and set(norms) == {f"block{k}" for k in range(count + 1, 5)}
-        assert differing(before, weights(model.blocks["block4"]))
-        assert not any(differing(was, weights(model.blocks[name])) for name, was in frozen.items())
-        assert all(p.grad is None for name in frozen for p in model.blocks[name].parameters())
-    assert list(frozen) == ["block1", "block2", "block3"]
-
-
-def test_layerlocks_target_is_the_frozen_layers_output_for_the_whole_clip(tmp_path):
-    model = toy("layerlock", blocks=4)
-    video, (visible, masked) = clips(), masks(model)
-    optimizers = blockwise.switch(model, make_optimizers(model), frozen=2, target=2)
-    save(tmp_path / "last.pt", model, optimizers, step=1, settings={})
-    losses, _ = train_step(model, optimizers, video, visible, masked, slices=2)
-    model = load(tmp_path)[0]  # as before the step, the new head included
-    with torch.no_grad():
-        whole = F.layer_norm(model.encode(video)["block2"], (TOY["width"],))
-        expected = torch.stack([tokens[index] for tokens, index in zip(whole, masked)])
-        h = gather_tokens(patchify(video, model.tubelet), visible)
-        for block in model.blocks.values():
-            h = block(h, visible)
-        found = model.decoders["block4"](h, visible, masked)
-    torch.testing.assert_close(losses["block4"], F.mse_loss(found, expected))
-    assert model.reconstruct(video, visible, masked) == {}  # no pixels are predicted
 
 
 def test_a_checkpoint_holds_all_and_is_only_data(tmp_path):
@@ -1029,12 +969,12 @@ TINY_RUN = [
 ]
 
 
-def run(*arguments):
-    """train.py in this process: its exit code."""
+def run(*arguments, program=train):
+    """train.py, or another program, in this process: its exit code."""
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGCHLD", signal.SIGTERM)}
     handlers = {number: signal.getsignal(number) for number in numbers}
     try:
-        train.main([*map(str, arguments)])
+        program.main([*map(str, arguments)])
         return 0
     except SystemExit as end:
         return end.code
@@ -1083,7 +1023,6 @@ def test_a_run_writes_log_pictures_video_and_checkpoint(tmp_path, capsys):
         "grad_norm",
         "eval_loss",
         "features",
-        "frozen",
         "clips_per_s",
         "wait",
         "memory_mb",
@@ -1096,44 +1035,51 @@ def test_a_run_writes_log_pictures_video_and_checkpoint(tmp_path, capsys):
         assert sum(1 for _ in video.decode(video=0)) == 3 * 8
     assert load(out)[1]["step"] == 12
     text = capsys.readouterr().out
-    assert "block4" in text and text.rstrip().splitlines()[-1].startswith("next, to compare: python train.py")
+    assert "block4" in text and text.rstrip().splitlines()[-1].endswith(f"python probe.py {out}")
 
 
-@pytest.mark.parametrize("regime,stop", [*((r, 3) for r in REGIMES), ("sequential", 4), ("layerlock", 4)])
+def stop_at(monkeypatch, step):
+    """From now on, the given step of a run in this process is told to end."""
+    plain, calls = train.Learner.begin, []
+
+    def interrupted(learner, done):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(learner, done)
+
+    monkeypatch.setattr(train.Learner, "begin", interrupted)
+
+
+def check_resuming(tmp_path, monkeypatch, command, stop, program=train):
+    """A run that is stopped and resumed ends as one that never stopped: weights, optimizers and log."""
+    assert run(*command, "--out", tmp_path / "whole", program=program) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop)
+        assert run(*command, "--out", tmp_path / "parts", program=program) == 143
+    assert load(tmp_path / "parts")[1]["step"] == stop
+    assert run("--resume", "--out", tmp_path / "parts", program=program) == 0
+    assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+    logs = [{line.pop("step"): line for line in numbers(tmp_path / name)} for name in ("whole", "parts")]
+    for log in logs:  # stopping draws a picture more
+        log[stop].pop("eval_loss", None), log[stop].pop("features", None)
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("regime,stop", [*((r, 3) for r in REGIMES), ("sequential", 4)])
 def test_stopping_and_resuming_equals_never_having_stopped(tmp_path, monkeypatch, capsys, regime, stop):
     steps = 2 if regime == "sequential" else 6  # sequential: per stage, so step 4 ends a stage
-    command = [*TINY_RUN, "--regime", regime, "--steps", steps, "--seed", 3, "--accumulate", 2]
-    assert run(*command, "--out", tmp_path / "whole") == 0
+    command = [*TINY_RUN, "--regime", regime, "--steps", steps, "--seed", 3]
+    check_resuming(tmp_path, monkeypatch, command, stop)
+    assert f"train.py --resume --out {tmp_path}" in capsys.readouterr().out
 
-    calls, plain = [], train.step_in_parts
 
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(*arguments)
-
-    monkeypatch.setattr(train, "step_in_parts", interrupted)
-    assert run(*command, "--out", tmp_path / "parts") == 143
-    assert load(tmp_path / "parts")[1]["step"] == stop
-    assert "--resume" in capsys.readouterr().out
-    monkeypatch.setattr(train, "step_in_parts", plain)
-    assert run("--resume", "--out", tmp_path / "parts") == 0
-
-    ends = [load(tmp_path / name) for name in ("whole", "parts")]
-    assert not differing(weights(ends[0][0]), weights(ends[1][0]))
-    for a, b in zip(ends[0][1]["optimizers"], ends[1][1]["optimizers"], strict=True):
-        assert (a is None) == (b is None)
-        for key in a["state"] if a else ():
-            assert all(torch.equal(a["state"][key][name], b["state"][key][name]) for name in a["state"][key])
-    logs = []
-    for name in ("whole", "parts"):
-        lines = {line.pop("step"): line for line in log_lines(tmp_path / name)}
-        assert [line.pop(key) for line in lines.values() for key in ("clips_per_s", "wait", "memory_mb")]
-        logs.append(lines)
-    logs[1][stop].pop("eval_loss")  # stopping draws a picture more
-    logs[0][stop].pop("eval_loss", None)
-    assert logs[0] == logs[1]
+def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, capsys):
+    assert run(*TINY_RUN, "--steps", 2, "--out", tmp_path / "run") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert run("--resume", "--out", tmp_path / "run") == 0
+    assert "is finished: 2 of 2 steps" in capsys.readouterr().out
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
 def test_signals_to_the_whole_process_group_save_the_run(tmp_path):
@@ -1155,7 +1101,6 @@ def test_signals_to_the_whole_process_group_save_the_run(tmp_path):
 
 def test_a_run_killed_ten_times_ends_as_if_it_had_never_been(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAVE_SECONDS", 0.05)
-    monkeypatch.setattr(train, "estimate", lambda *_: 0.0)  # which takes time at every start
     how, out, rng = [*TINY_RUN, "--blocks", 1, "--steps", 50], tmp_path / "killed", np.random.default_rng(0)
     assert run(*how, "--out", tmp_path / "whole") == 0
     log, reached = out / "log.jsonl", []
@@ -1210,38 +1155,79 @@ def test_a_crafted_or_damaged_checkpoint_is_refused_and_runs_no_code(tmp_path, c
     (tmp_path / "half.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:-5000])
     torch.save({"config": {"blocks": 3}, "model": {}}, tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
-    for name in ("evil", "half", "other", "text"):
-        with pytest.raises(ValueError, match=f"{name}.pt is not a checkpoint of train.py, or is damaged"):
+    bytes_ = bytearray((tmp_path / "good.pt").read_bytes())
+    middle = len(bytes_) // 2
+    bytes_[middle : middle + 16] = bytes(16) if any(bytes_[middle : middle + 16]) else b"\1" * 16
+    (tmp_path / "bits.pt").write_bytes(bytes_)  # sixteen bytes of a tensor, changed on disk
+    for name in ("evil", "half", "other", "text", "bits"):
+        with pytest.raises(ValueError, match=f"{name}.pt (is not a checkpoint|holds more than)") as error:
             load(tmp_path / f"{name}.pt")
+        assert "weights_only" not in str(error.value)  # no advice to read it unsafely
     assert not (tmp_path / "done").exists()
+    assert load(tmp_path / "good.pt")[1]["step"] == 0
 
 
-def test_the_collapse_control_has_a_latent_target_and_freezes_nothing(tmp_path):
+@pytest.mark.parametrize(
+    "change,sentence",
+    [
+        (lambda c: c.pop("settings"), "was not written by train.py"),
+        (lambda c: c["settings"].update(magic=1), "was not written by train.py: settings (magic)"),
+        (lambda c: c["settings"].pop("lr"), "was not written by train.py: settings (lr)"),
+        (lambda c: c.pop("optimizers"), "was not written by train.py"),
+        (lambda c: c.update(optimizers=[None]), "The optimizers in the checkpoint do not fit"),
+        (lambda c: c.update(step=-1), "is of step -1, outside of the run's 0 to 4"),
+        (lambda c: c.update(step=99), "is of step 99, outside of the run's 0 to 4"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_sentence(
+    change, sentence, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "run"
-    how = ["--regime", "layerlock", "--blocks", 4, "--freeze-start", -1, "--steps", 3, "--out", out]
-    assert run(*TINY_RUN, *how) == 0
-    assert (load(out)[0].config["frozen"], load(out)[0].config["target"]) == (0, 3)
-    assert not list(out.glob("recon*")) and all(line["features"]["std"] > 0 for line in log_lines(out))
-    assert (
-        train.default_folder(train.parse([*map(str, how[:6])])[0]) == "runs/nano-layerlock-latent-unfrozen-4"
+    stop_at(monkeypatch, 2)
+    assert run(*TINY_RUN, "--steps", 4, "--out", out) == 143
+    checkpoint = torch.load(out / "last.pt")
+    change(checkpoint)
+    torch.save(checkpoint, out / "last.pt")
+    capsys.readouterr()
+    assert run("--resume", "--out", out) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 1 and sentence in printed[0]
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(*TINY_RUN, "--steps", 2, "--out", out) == 0
+    holds = (
+        f"import sys, time, train; train.lock_folder({str(out)!r}); print('held', flush=True); time.sleep(60)"
     )
+    other = subprocess.Popen(
+        [sys.executable, "-c", holds], stdout=subprocess.PIPE, text=True, cwd=Path(train.__file__).parent
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        assert run("--resume", "--out", out) == 2
+        assert f"{out} is in use by another process" in capsys.readouterr().err
+    finally:
+        other.kill()
+        other.wait()
+    assert run("--resume", "--out", out) == 0  # a killed process leaves no lock behind
 
 
 def test_a_worker_that_is_killed_ends_the_run_with_one_sentence(folder, tmp_path, monkeypatch, capsys):
-    calls, plain = [], train.step_in_parts
+    calls, plain = [], train.train_step
 
-    def killing(*arguments):
+    def killing(*arguments, **settings):
         calls.append(1)
         if len(calls) == 3:
             multiprocessing.active_children()[0].kill()
-        return plain(*arguments)
+        return plain(*arguments, **settings)
 
-    monkeypatch.setattr(train, "step_in_parts", killing)
+    monkeypatch.setattr(train, "train_step", killing)
     out = tmp_path / "run"
     how = ["--steps", 500, "--out", out, "--data", folder, "--stride", 1, "--workers", 2]
     assert run(*TINY_RUN, *how) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "train.py: A process that reads clips died, out of memory perhaps. The last checkpoint is kept; "
+    assert capsys.readouterr().err.splitlines()[-1].split(": ", 1)[1] == (
+        "A process that reads clips died, out of memory perhaps. The last checkpoint is kept; "
         f"go on with --resume --out {out} --workers 1."
     )
     assert not multiprocessing.active_children()  # Python would wait for them
@@ -1263,12 +1249,17 @@ def test_a_list_makes_nothing_be_written_outside_of_the_run(folder, tmp_path):
     )
 
 
-def test_a_torn_log_line_does_not_stop_resuming(tmp_path):
+def test_damage_in_the_log_does_not_stop_resuming(tmp_path, capsys):
     out = tmp_path / "run"
-    assert run(*TINY_RUN, "--steps", 2, "--out", out) == 0
-    with open(out / "log.jsonl", "a") as file:
-        file.write('{"step": 2, "lo')
-    assert run("--resume", "--out", out) == 0 and [line["step"] for line in log_lines(out)] == [1, 2]
+    assert run(*TINY_RUN, "--steps", 4, "--out", out) == 0
+    first, *rest = (out / "log.jsonl").read_bytes().splitlines(keepends=True)
+    checkpoint = torch.load(out / "last.pt") | {"step": 3, "optimizers": load(out)[1]["optimizers"]}
+    torch.save(checkpoint, out / "last.pt")
+    damage = b"garbage\n\n\0\0\0\n[1, 2]\n{}\n\xff\xfe\n" + b"[" * 10**5 + b"\n"
+    (out / "log.jsonl").write_bytes(first + damage + b"".join(rest) + b'{"step": 2, "lo')
+    assert run("--resume", "--out", out) == 0
+    assert [line["step"] for line in log_lines(out)] == [1, 2, 3, 4]
+    assert "8 damaged line(s) left out" in capsys.readouterr().out
 
 
 def test_a_run_is_resumed_only_on_the_same_videos(folder, tmp_path, capsys):
@@ -1282,20 +1273,24 @@ def test_a_run_is_resumed_only_on_the_same_videos(folder, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
-    out, calls, plain = tmp_path / "run", [], train.step_in_parts
+    out, calls, plain = tmp_path / "run", [], train.train_step
 
-    def explode(*arguments):
-        losses, norms = plain(*arguments)
+    def explode(*arguments, **settings):
+        losses, norms = plain(*arguments, **settings)
         calls.append(1)
         if len(calls) == 3:
             losses["block2"] = torch.tensor(float("nan"))
         return losses, norms
 
-    monkeypatch.setattr(train, "step_in_parts", explode)
-    assert run(*TINY_RUN, "--steps", 6, "--out", out) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", explode)
+        assert run(*TINY_RUN, "--steps", 6, "--out", out) == 1
     message = capsys.readouterr().err
-    assert "block2 is not finite at step 3" in message and "generated clip" in message
+    assert "block2 is not finite, first noticed at step 3" in message and "generated clip" in message
     assert load(out)[1]["step"] == 0
+    assert run(*TINY_RUN, "--steps", 6, "--lr", 1e30, "--out", tmp_path / "wild") == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "not finite" in message and "Try a lower --lr" in message
 
 
 def test_training_on_a_folder_names_what_is_left_out(folder, tmp_path, capsys):
@@ -1308,40 +1303,36 @@ def test_training_on_a_folder_names_what_is_left_out(folder, tmp_path, capsys):
 
 def test_every_setting_is_a_flag_and_every_flag_a_setting(capsys):
     with pytest.raises(SystemExit):
-        train.parse(["--help"])
+        train.parse(train.Config, train.__doc__, ["--help"])
     text = capsys.readouterr().out
     listed = set(re.findall(r"^  (--[a-z0-9-]+)", text, re.MULTILINE))
     assert listed == {train.flag(f.name) for f in fields(train.Config)}
     used = Path(train.__file__).read_text()
     for f in fields(train.Config):
-        assert f"config.{f.name}" in used, f"--{f.name} does nothing"
+        assert re.search(rf"(config|self|c)\.{f.name}\b", used), f"--{f.name} does nothing"
 
 
 @pytest.mark.parametrize(
     "arguments,sentence",
     [
         ("--blocks 5", "choose --blocks from 1, 2, 3, 4, 6, 12"),
-        ("--blocks four", "invalid int value: 'four'"),
+        ("--blocks four", "--blocks: 'four' is not an integer"),
         ("--pixels 60", "60 pixels in height is not a multiple of the tubelet's 8; try 56 or 64"),
+        ("--pixels 8", "change the ratio, or take larger clips or smaller tubelets"),
+        ("--tubelet 0 0 0", "--tubelet: 0 must be at least 1"),
         ("--regime magic", "invalid choice: 'magic'"),
-        ("--mask 0.001", "some must be hidden and some be seen"),
-        ("--mask 1.5", "--mask 1.5 must be at least 0 and below 1"),
-        ("--lr 0", "--lr must be more than 0"),
-        ("--lr nan", "--lr nan must be"),
-        ("--batch 0", "--batch 0 must be at least 1"),
+        ("--mask 0.001", "at least one must be masked"),
+        ("--mask 1.5", "--mask: 1.5 must be more than 0 and below 1"),
+        ("--lr 0", "--lr: 0 must be more than 0"),
+        ("--lr nan", "--lr: nan must be"),
+        ("--lr inf", "--lr: inf must be"),
+        ("--batch 0", "--batch: 0 must be at least 1"),
+        ("--seed 99999999999999999999", "--seed: 99999999999999999999 must be at least 0 and below"),
         ("--steps 3 --epochs 2", "give one of them"),
-        ("--decode-ratio 0", "--decode-ratio 0.0 must be more than 0 and at most 1"),
-        ("--benchmark --blocks 5", "choose --blocks from 1, 2, 3, 4, 6, 12"),
-        ("--accumulate 99", "more parts than the batch has clips"),
-        ("--target pixels", "--target is for --regime layerlock"),
-        ("--regime layerlock --freeze-until 12", "12 blocks cannot freeze 12 and learn"),
-        ("--regime layerlock --freeze-start 5 --steps 4", "after the run's 4; lower --freeze-start"),
-        ("--regime layerlock --freeze-start -1 --target pixels", "are --regime e2e"),
-        (
-            "--parallel blocks",
-            "start it by: torchrun --nproc-per-node 4 train.py --blocks 4 --parallel blocks",
-        ),
-        ("--parallel blocks --regime e2e", "--parallel blocks is for --regime simultaneous"),
+        ("--decode-ratio 0", "--decode-ratio: 0 must be more than 0 and at most 1"),
+        ("--device meta", "try --device cpu"),
+        ("--data=", "--data"),
+        ("--out=", "--out"),
         ("--device warp", "try --device cpu"),
         ("--data nowhere", "nowhere is not a folder"),
         ("--list some.txt", "say which folder with --data"),
@@ -1359,28 +1350,13 @@ def test_wrong_settings_get_one_sentence_with_the_fix(arguments, sentence, tmp_p
 
 
 def test_decode_ratio_takes_a_random_part_of_the_masked_tokens():
-    config = train.parse(["--decode-ratio", "0.5", "--batch", "8", "--device", "cpu"])[0]
+    config = train.Config(decode_ratio=0.5, batch=8, device="cpu")
     model = Blockwise(**SIZES["nano"], blocks=4)
     visible, some = train.masks_of_step(config, model, 3)
     same, every = train.masks_of_step(replace(config, decode_ratio=1.0), model, 3)
     assert torch.equal(visible, same) and some.shape == (8, 57) and every.shape == (8, 114)
     assert all(set(a.tolist()) < set(b.tolist()) for a, b in zip(some, every))
     assert (some.diff(dim=1) > 0).all() and not torch.equal(some, train.masks_of_step(config, model, 4)[1])
-
-
-def test_benchmark_measures_and_trains_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))  # quicker to start
-    small = (
-        "--benchmark --pixels 16 --batch 4 --steps 2 --regime simultaneous --device cpu --decoder-slices 1"
-    )
-    assert run(*small.split(), "--out", str(tmp_path)) == 0
-    found = json.loads((tmp_path / "benchmark.json").read_text())
-    assert set(os.listdir(tmp_path)) <= {"benchmark.json", "memory.png"}
-    row = found["steps"]["simultaneous"]
-    assert row["clips_per_s"] == pytest.approx(4 / row["step_ms"] * 1e3) and row["flops"] > 0
-    by_blocks = {int(k): v["block by block"] for k, v in found["saved_mb_by_blocks"].items()}
-    assert list(by_blocks) == [1, 2, 3, 4, 6, 12] and by_blocks[12] < by_blocks[1]
-    assert row["saved_mb"] == pytest.approx(by_blocks[4]) and "simultaneous" in capsys.readouterr().out
 
 
 def test_nothing_is_overwritten(tmp_path, capsys):
@@ -1396,8 +1372,8 @@ def test_nothing_is_overwritten(tmp_path, capsys):
 
 @pytest.mark.parametrize("size,epochs", [("tiny", 150), ("small", 300)])
 def test_the_paper_sizes_take_the_papers_recipe(size, epochs, tmp_path):
-    config, _ = train.parse(["--size", size, "--data", str(tmp_path)])
-    train.complete(config)
+    config, _ = train.parse(train.Config, "", ["--size", size, "--data", str(tmp_path)])
+    train.resolve_defaults(config)
     assert (config.epochs, config.steps, config.batch, config.lr) == (epochs, None, 128, 1e-4)
     assert (config.beta1, config.beta2, config.weight_decay, config.warmup, config.min_lr) == (
         0.9,
@@ -1407,13 +1383,15 @@ def test_the_paper_sizes_take_the_papers_recipe(size, epochs, tmp_path):
         1e-6,
     )
     assert (config.stride, config.short, config.mask, config.clip) == (4, "drop", 0.9, 0.0)
-    arguments = train.model_arguments(config)
+    arguments = config.model_arguments()
     assert arguments["video"] == (16, 128, 128) and arguments["tubelet"] == (8, 16, 16)
 
 
 def test_learning_rate_warms_up_linearly_and_ends_at_the_minimum():
-    config = train.Config(lr=1e-3, min_lr=1e-6, warmup=0.1)
-    rates = [train.learning_rate(config, step, 100) for step in range(100)]
+    config = train.Config(lr=1e-3, min_lr=1e-6, warmup=0.1, batch=4)
+    learner = train.Learner(config, toy(), 100)
+    rates = [learner.begin(step) for step in range(100)]
+    assert all(group["lr"] == rates[-1] for o in learner.optimizers for group in o.param_groups)
     assert rates[0] == pytest.approx(1e-4) and rates[9] == pytest.approx(1e-3) == max(rates)
     assert all(a > b for a, b in itertools.pairwise(rates[10:])) and 1e-6 < rates[-1] < 2e-6
 
@@ -1421,8 +1399,8 @@ def test_learning_rate_warms_up_linearly_and_ends_at_the_minimum():
 # ---- train.py, in several processes ----
 
 
-def several(count, log, *arguments, die=None):
-    """train.py in several processes, as torchrun starts them: their exit codes. die: (rank, seconds)."""
+def several(count, log, *arguments, die=None, program=train):
+    """train.py, or another program, in several processes, as torchrun starts them: their exit codes. die: (rank, seconds)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -1435,11 +1413,10 @@ def several(count, log, *arguments, die=None):
                 os.environ |= {name: str(value) for name, value in place.items()} | {
                     "MASTER_ADDR": "127.0.0.1"
                 }
-                train.RANK, train.PROCESSES = rank, count
                 with open(f"{log}{rank}.txt", "w") as text:
                     sys.stdout = sys.stderr = text
                     faulthandler.dump_traceback_later(60, exit=True, file=text)  # a hang ends
-                    code = run(*arguments)
+                    code = run(*arguments, program=program)
             finally:
                 os._exit(code)
     if die:
@@ -1448,57 +1425,46 @@ def several(count, log, *arguments, die=None):
     return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
 
-@pytest.mark.parametrize("blocks", [2, 4])
-def test_a_pipeline_of_blocks_equals_one_process_bit_for_bit(tmp_path, blocks):
-    how = [*TINY_RUN, "--blocks", blocks, "--steps", 5, "--clip", 0.5, "--accumulate", 2]
-    assert run(*how, "--out", tmp_path / "one") == 0
-    how += ["--parallel", "blocks", "--out", tmp_path / "pipeline"]
-    assert several(blocks, tmp_path / "log", *how) == [0] * blocks
-    assert same(state_of(tmp_path / "one"), state_of(tmp_path / "pipeline"))
-    assert numbers(tmp_path / "one") == numbers(tmp_path / "pipeline")
-
-
 def test_two_replicas_learn_what_one_process_learns_also_after_resuming(tmp_path, monkeypatch):
-    plain = train.learning_rate
-
-    def stop(config, step, steps):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(config, step, steps)
-
     for regime in ("simultaneous", "e2e"):
-        one, two, how = (
-            tmp_path / f"{regime}-one",
-            tmp_path / f"{regime}-two",
+        one, two, settings = (
+            tmp_path / f"{regime}-1",
+            tmp_path / f"{regime}-2",
             [*TINY_RUN, "--regime", regime],
         )
-        assert run(*how, "--steps", 5, "--out", one) == 0
+        assert run(*settings, "--steps", 5, "--out", one) == 0
         if regime == "e2e":
-            assert several(2, tmp_path / "log", *how, "--steps", 5, "--out", two) == [0, 0]
+            assert several(2, tmp_path / "log", *settings, "--steps", 5, "--out", two) == [0, 0]
         else:
             with monkeypatch.context() as patch:
-                patch.setattr(train, "learning_rate", stop)
-                assert several(2, tmp_path / "log", *how, "--steps", 5, "--out", two) == [143, 143]
-            assert (
-                load(two)[1]["step"] == 3
-                and several(4, tmp_path / "log", "--resume", "--out", two) == [0] * 4
-            )
+                stop_at(patch, 3)
+                assert several(2, tmp_path / "log", *settings, "--steps", 5, "--out", two) == [143, 143]
+            assert load(two)[1]["step"] == 3
+            assert several(4, tmp_path / "log", "--resume", "--out", two) == [0] * 4
         for a, b in zip(numbers(one), numbers(two), strict=True):
             for values in ("loss", "grad_norm"):
                 assert a[values] == pytest.approx(b[values], rel=1e-5)
 
 
+def check_death(tmp_path, program):
+    """A rank that dies ends all with one sentence and loses nothing."""
+    out = tmp_path / "run"
+    command = [*TINY_RUN, "--blocks", 2, "--steps", 5000, "--out", out]
+    codes = several(2, tmp_path / "log", *command, die=(1, 2.0), program=program)
+    assert codes == [1, -signal.SIGKILL]
+    message = (tmp_path / "log0.txt").read_text().splitlines()[-1]
+    assert "Another process has ended" in message and f"--resume --out {out}" in message
+    assert load(out)[1]["step"] == 0
+
+
 def test_a_rank_that_dies_ends_all_and_loses_nothing(tmp_path):
-    for parallel in ("data", "blocks"):
-        out = tmp_path / parallel
-        how = [*TINY_RUN, "--blocks", 2, "--steps", 5000, "--parallel", parallel, "--out", out]
-        codes = several(2, tmp_path / "log", *how, die=(1, 2.0))
-        assert codes == [1, -signal.SIGKILL]
-        message = (tmp_path / "log0.txt").read_text().splitlines()[-1]
-        assert (
-            message.startswith("train.py: Another process has ended") and f"--resume --out {out}" in message
-        )
-        assert load(out)[1]["step"] == 0
+    check_death(tmp_path, train)
+
+
+def test_world_size_without_torchrun_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(*TINY_RUN, "--out", tmp_path / "run") == 2
+    assert "unset WORLD_SIZE, or start with torchrun" in capsys.readouterr().err
 
 
 # ---- probe.py ----
@@ -2014,20 +1980,285 @@ def test_plot_without_matplotlib_fails_before_the_measurements(tmp_path, capsys,
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
+# ---- layerlock.py ----
+
+
+@with_layerlock
+def test_layerlock_freezes_one_block_after_the_other():
+    paper = {"start": 160, "every": 10, "until": 32}  # thousands of steps, 48 layers
+    steps = (0, 159, 160, 169, 170, 469, 470, 1000)
+    assert [layerlock.freeze_schedule(step, **paper) for step in steps] == [0, 0, 1, 1, 2, 31, 32, 32]
+    assert [layerlock.freeze_schedule(step, start=5, every=0, until=3) for step in (4, 5, 9)] == [0, 3, 3]
+    assert layerlock.freeze_schedule(10**6, start=-1, every=1, until=3) == 0
+    config = layerlock.Config()
+    layerlock.resolve_schedule(config, 3000)
+    assert (config.blocks, config.freeze_start, config.freeze_every, config.freeze_until) == (
+        12,
+        1000,
+        250,
+        8,
+    )
+
+
+@with_layerlock
+@pytest.mark.parametrize("target", ["pixels", "latent"])
+def test_frozen_layers_stay_bit_equal_ever_after(target):
+    model, frozen, count = toy("e2e", blocks=4), {}, 0
+    [optimizer] = make_optimizers(model, lr=1e-2)
+    for step in range(8):
+        due = layerlock.freeze_schedule(step, start=2, every=2, until=3)
+        of_target = due * (target == "latent")
+        if due != count:
+            count, old = due, {p: state["exp_avg"].clone() for p, state in optimizer.state.items()}
+            layerlock.freeze_blocks(model, optimizer, frozen=count, target=of_target)
+            left = optimizer.state  # AdamW's state: of what still learns, and unchanged
+            assert left and all(torch.equal(state["exp_avg"], old[p]) for p, state in left.items())
+            names = list(model.blocks)[:count]
+            assert not {p for name in names for p in model.blocks[name].parameters()} & set(left)
+            frozen = {name: weights(model.blocks[name]) for name in names} | frozen
+        before, batch = weights(model.blocks["block4"]), (clips(seed=step), *masks(model, seed=step))
+        losses, norms = layerlock.layerlock_step(model, optimizer, *batch, frozen=count, target=of_target)
+        assert list(losses) == ["block4"] and set(norms) == {f"block{k}" for k in range(count + 1, 5)}
+        assert differing(before, weights(model.blocks["block4"]))
+        assert not any(differing(was, weights(model.blocks[name])) for name, was in frozen.items())
+        assert all(p.grad is None for name in frozen for p in model.blocks[name].parameters())
+    assert sorted(frozen) == ["block1", "block2", "block3"]
+
+
+@with_layerlock
+def test_layerlock_that_freezes_nothing_is_e2e_bit_for_bit():
+    models = [toy("e2e", blocks=4) for _ in range(2)]
+    optimizers = [make_optimizers(model, lr=1e-2) for model in models]
+    for step in range(3):
+        batch = (clips(seed=step), *masks(models[0], seed=step))
+        train_step(models[0], optimizers[0], *batch, slices=2, clip=0.1)
+        layerlock.layerlock_step(models[1], optimizers[1][0], *batch, frozen=0, target=0, slices=2, clip=0.1)
+    assert not differing(*map(weights, models))
+
+
+@with_layerlock
+def test_layerlocks_target_is_the_frozen_layers_output_for_the_whole_clip(tmp_path):
+    model = toy("e2e", blocks=4)
+    video, (visible, masked) = clips(), masks(model)
+    optimizers = make_optimizers(model)
+    layerlock.freeze_blocks(model, optimizers[0], frozen=2, target=2)
+    save(tmp_path / "last.pt", model, optimizers, step=1, settings={})
+    losses, _ = layerlock.layerlock_step(
+        model, optimizers[0], video, visible, masked, frozen=2, target=2, slices=2
+    )
+    model = load(tmp_path)[0]  # as before the step, the new head included
+    with torch.no_grad():
+        whole = F.layer_norm(model.encode(video)["block2"], (TOY["width"],))
+        expected = torch.stack([tokens[index] for tokens, index in zip(whole, masked)])
+        h = gather_tokens(patchify(video, model.tubelet), visible)
+        for block in model.blocks.values():
+            h = block(h, visible)
+        found = model.decoders["block4"](h, visible, masked)
+    torch.testing.assert_close(losses["block4"], F.mse_loss(found, expected))
+    assert model.reconstruct(video, visible, masked) == {}  # no pixels are predicted
+
+
+@with_layerlock
+@pytest.mark.parametrize("target,stop", [("latent", 3), ("latent", 4), ("pixels", 4)])
+def test_layerlock_that_is_stopped_and_resumed_equals_never_having_stopped(
+    tmp_path, monkeypatch, target, stop
+):
+    command = [*TINY_RUN, "--blocks", 4, "--target", target, "--steps", 6, "--freeze-every", 1]
+    check_resuming(tmp_path, monkeypatch, command, stop, program=layerlock)
+    assert run("--resume", "--out", tmp_path / "whole") == 2  # train.py does not know its settings
+
+
+@with_layerlock
+def test_the_collapse_control_has_a_latent_target_and_freezes_nothing(tmp_path):
+    out = tmp_path / "run"
+    settings = ["--blocks", 4, "--freeze-start", -1, "--steps", 3, "--out", out]
+    assert run(*TINY_RUN, *settings, program=layerlock) == 0
+    model = load(out)[0]
+    assert model.config["decoder_values"] == model.config["width"]
+    assert not list(out.glob("recon*")) and all(line["features"]["std"] > 0 for line in log_lines(out))
+    folder = layerlock.Config(blocks=4, freeze_start=-1).folder()
+    assert folder == "runs/nano-layerlock-latent-unfrozen-4"
+
+
+@with_layerlock
+@pytest.mark.parametrize(
+    "arguments,sentence",
+    [
+        ("--freeze-until 12", "12 blocks cannot freeze 12 and learn"),
+        ("--freeze-start 5 --steps 4", "after the run's 4; lower --freeze-start"),
+        ("--freeze-start -1 --target pixels", "are train.py --regime e2e"),
+        ("--freeze-start -2", "--freeze-start: -2 must be at least -1"),
+    ],
+)
+def test_schedules_that_do_not_fit_are_refused(arguments, sentence, tmp_path, capsys):
+    assert run(*arguments.split(), "--device", "cpu", "--out", tmp_path / "run", program=layerlock) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 1 and sentence in printed[0] and not os.listdir(tmp_path)
+
+
+# ---- pipeline.py ----
+
+
+@with_pipeline
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_a_pipeline_of_blocks_equals_one_process_bit_for_bit(tmp_path, monkeypatch, blocks):
+    command = [*TINY_RUN, "--blocks", blocks, "--steps", 5, "--clip", 0.5]
+    assert run(*command, "--out", tmp_path / "one") == 0
+    out, log = tmp_path / "pipeline", tmp_path / "log"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert several(blocks, log, *command, "--out", out, program=pipeline) == [143] * blocks
+    assert load(out)[1]["step"] == 2
+    assert several(blocks, log, "--resume", "--out", out, program=pipeline) == [0] * blocks
+    assert same(state_of(tmp_path / "one"), state_of(out))
+    assert [line["loss"] for line in numbers(tmp_path / "one")] == [line["loss"] for line in numbers(out)]
+    pictures = (tmp_path / "one" / "recon.mp4").read_bytes()
+    assert (out / "recon.mp4").read_bytes() == pictures
+    assert (
+        several(blocks, log, "--resume", "--out", out, program=pipeline) == [0] * blocks
+    )  # finished already
+    assert (out / "recon.mp4").read_bytes() == pictures
+
+
+@with_pipeline
+def test_a_rank_of_a_pipeline_that_dies_ends_all(tmp_path):
+    check_death(tmp_path, pipeline)
+
+
+@with_pipeline
+@pytest.mark.parametrize(
+    "arguments,sentence",
+    [
+        ("", "start it by: torchrun --nproc-per-node 4 pipeline.py --blocks 4"),
+        ("--regime e2e", "pipeline.py is for --regime simultaneous"),
+    ],
+)
+def test_a_pipeline_that_does_not_fit_is_refused(arguments, sentence, tmp_path, capsys):
+    settings = ["--device", "cpu", "--out", tmp_path / "run"]
+    assert run(*arguments.split(), *settings, program=pipeline) == 2
+    assert sentence in capsys.readouterr().err and not os.listdir(tmp_path)
+
+
+# ---- bench.py ----
+
+
+@with_bench
+@pytest.mark.parametrize("blocks,of_summed,of_e2e", [(4, 0.25, 0.2), (12, 0.08, 0.15)])
+def test_a_simultaneous_step_keeps_the_activations_of_one_block_and_one_slice(blocks, of_summed, of_e2e):
+    batch, saved = None, {}
+    for regime in ("e2e", "simultaneous"):
+        model = Blockwise(**SIZES["nano"], blocks=blocks, regime=regime)
+        batch = batch or (clips(16, model.video), *masks(model, 16, ratio=0.9))
+        with bench.saved_bytes(model) as saved[f"{regime}, one graph"]:
+            bench.summed_loss(model, *batch).backward()
+        with bench.saved_bytes(model) as saved[regime]:
+            train_step(model, make_optimizers(model), *batch, slices=8)
+    assert all(count["now"] == 0 < count["peak"] for count in saved.values())
+    peak = {name: count["peak"] for name, count in saved.items()}
+    assert peak["simultaneous"] <= of_summed * peak["simultaneous, one graph"]
+    assert peak["simultaneous"] <= of_e2e * peak["e2e, one graph"]
+    assert peak["e2e"] <= 0.5 * peak["e2e, one graph"]
+
+
+@with_bench
+def test_saved_bytes_counts_each_buffer_once_and_no_weights():
+    linear = torch.nn.Linear(8, 8)
+    x = torch.randn(4, 8)
+    with bench.saved_bytes(linear) as count:
+        y = linear(x).exp()  # keeps x and its result
+        z = linear(x[:2]) * linear(x[2:])  # keeps x again, and both factors
+        assert count["now"] == count["peak"] == 4 * (4 * 8 + 4 * 8 + 2 * 2 * 8)
+        del y
+        assert count["now"] == 4 * (4 * 8 + 2 * 2 * 8)
+        z.sum().backward()
+        assert count["now"] == 0
+
+
+@with_bench
+def test_frozen_blocks_run_without_a_graph():
+    model = toy("sequential", blocks=4)
+    batch = (clips(8), *masks(model, 8))
+    peaks = []
+    for stage in range(4):
+        with bench.saved_bytes(model) as kept:
+            train_step(model, make_optimizers(model, stage=stage), *batch)
+        peaks.append(kept["peak"])
+    assert max(peaks[1:3]) <= min(peaks[1:3]) * 1.01  # however many frozen blocks come before
+
+
+@with_bench
+def test_bench_measures_and_trains_nothing(tmp_path, capsys):
+    small = ["--batch", 2, "--rounds", 1, "--device", "cpu", "--slices", 1, "--out", tmp_path]
+    assert run(*small, program=bench) == 0
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert set(os.listdir(tmp_path)) <= {"bench.json", "memory.png"} and set(REGIMES) <= set(found["steps"])
+    row = found["steps"]["simultaneous"]
+    assert row["clips/s"] == pytest.approx(2 / row["ms"] * 1e3) and row["GFLOP"] > 0
+    by_blocks = {int(k): v["block by block"] for k, v in found["saved MB by K"].items()}
+    assert list(by_blocks) == [1, 2, 3, 4, 6, 12] and by_blocks[12] < by_blocks[1]
+    assert row["saved MB"] == pytest.approx(by_blocks[4]) and "simultaneous" in capsys.readouterr().out
+
+
+@with_bench
+def test_the_summed_loss_of_the_benchmark_is_the_tests_own():
+    model = toy(blocks=4)
+    batch = (clips(), *masks(model))
+    assert torch.equal(bench.summed_loss(model, *batch), summed_loss(model, *batch))
+
+
 # ---- README.md ----
 
 
 def test_the_commands_in_the_readme_exist():
     text = (Path(__file__).parent / "README.md").read_text()
-    for script, parse in (
-        ("train", train.parse),
-        ("probe", probe.flags().parse_args),
-        ("analyze", analyze.flags().parse_args),
-    ):
-        commands = re.findall(rf"python {script}\.py([^\n`#|&]*)", text)
+    programs = {"train": (train.Config, train), "layerlock": (getattr(layerlock, "Config", None), layerlock)}
+    programs["pipeline"] = (getattr(pipeline, "Config", None), pipeline)
+    for script, (Config, module) in programs.items():
+        commands = re.findall(rf"\b{script}\.py([^\n`#|&]*)", text)
+        assert commands
+        for command in commands if module else ():
+            train.parse(
+                Config, "", [word for word in command.split() if word != "..."]
+            )  # exits on what it does not know
+    for script, flags in (("probe", probe.flags), ("analyze", analyze.flags)):
+        commands = re.findall(rf"python {script}\.py ([^\n`#|&]*)", text)
         assert commands
         for command in commands:
-            parse(command.split())  # exits on an unknown flag
+            flags().parse_args(command.split())
+
+
+CORE = ("model", "blockwise", "data", "train", "probe", "analyze")
+ABOVE = ("layerlock", "gardener", "pipeline", "bench", "pack")
+
+
+def test_the_core_stands_alone(tmp_path):
+    here = Path(__file__).parent
+    for name in CORE:
+        code = (here / f"{name}.py").read_text()
+        assert not re.search("layerlock|gardener|pipeline|benchmark|pack.py", code, re.IGNORECASE), name
+        assert not re.search(rf"^\s*(from|import) ({'|'.join(ABOVE)})\b", code, re.MULTILINE), name
+        (tmp_path / f"{name}.py").write_text(code)
+    for name in ABOVE:  # no file imports one of these
+        others = [path for path in here.glob("*.py") if path.name != "test_all.py"]
+        assert not any(re.search(rf"^\s*(from|import) {name}\b", p.read_text(), re.MULTILINE) for p in others)
+    (tmp_path / "test_all.py").write_text(Path(__file__).read_text())
+    (tmp_path / "README.md").write_text((here / "README.md").read_text())
+
+    def call(*arguments):
+        command, env = [sys.executable, *arguments], os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+        done = subprocess.run(
+            command, check=False, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=150
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    small = ["--pixels", "16", "--frames", "8", "--batch", "4", "--workers", "0", "--device", "cpu"]
+    call("train.py", "--blocks", "4", "--steps", "20", *small, "--out", "run")
+    clips = ["--clips", "40", "--workers", "0", "--device", "cpu"]
+    assert "block4" in call("probe.py", "run", *clips)
+    assert "C4" in call("analyze.py", "run", *clips)
+    tests = "freeze or pipeline or bench or mask or sequential_trains"
+    assert "skipped" in call("-m", "pytest", "-q", "test_all.py", "-p", "no:cacheprovider", "-k", tests)
 
 
 if __name__ == "__main__":

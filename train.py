@@ -77,12 +77,8 @@ class Config:
 
     program: ClassVar[str] = "train.py"
 
-    size: Literal["nano", "tiny", "small", "base"] = option(
-        "nano", "model: tiny and small are the paper's, nano suits a laptop"
-    )
-    blocks: int = option(
-        4, "K, blocks of the encoder; for e2e, where its representation is read", least=1, most=1000
-    )
+    size: Literal[tuple(SIZES)] = option("nano", "model: tiny and small are the paper's, nano suits a laptop")
+    blocks: int = option(4, "K, blocks of the encoder; e2e: where it is read", least=1, most=1000)
     regime: Literal[tuple(REGIMES)] = option("simultaneous", "who learns from which loss (Sec. 3.1)")
     decoder_depth: int | None = option(None, "layers of each local decoder (paper: 4; nano: 1)", least=1)
     frames: int | None = option(None, "frames of a clip (paper: 16)", least=1)
@@ -91,27 +87,17 @@ class Config:
         None, "frames, rows, columns of one token (paper: 8 16 16; nano: 8 8 8)", least=1
     )
     mask: float = option(0.9, "share of the tubes that is masked", above=0, below=1)
-    decode_ratio: float = option(
-        1.0, "share of the masked tokens that decoders see and predict, at random (paper: 1)", above=0, most=1
-    )
+    decode_ratio: float = option(1.0, "share of masked tokens that decoders see, at random", above=0, most=1)
 
     data: str | None = option(None, "folder of videos; without it, clips are generated")
     list: str | None = option(None, "file of lines `path [label]`, relative to --data: use these videos only")
     stride: int = option(4, "take every stride-th frame of a video", least=1)
-    short: Literal["drop", "repeat"] = option(
-        "drop", "videos of fewer than frames x stride: drop, or repeat the last frame"
-    )
+    short: Literal["drop", "repeat"] = option("drop", "videos of < frames x stride: or repeat the last frame")
 
-    epochs: float | None = option(
-        None, "passes over the data (paper: tiny 150, small 300), per stage in sequential", above=0
-    )
-    steps: int | None = option(
-        None, "optimizer steps, instead of --epochs, per stage in sequential (nano: 3000)", least=1
-    )
+    epochs: float | None = option(None, "passes over the data (paper: 150, 300), in each stage", above=0)
+    steps: int | None = option(None, "optimizer steps instead, in each stage (nano: 3000)", least=1)
     batch: int | None = option(None, "clips in one optimizer step (tiny, small: 128; nano: 16)", least=1)
-    decoder_slices: int | None = option(
-        None, "parts of the batch that a decoder runs in, to save memory (default: see README)", least=1
-    )
+    decoder_slices: int | None = option(None, "parts of a batch in a decoder, to save memory", least=1)
     lr: float | None = option(None, "highest learning rate (paper: 1e-4; nano: 1e-3)", above=0)
     min_lr: float = option(1e-6, "learning rate at the end of the cosine", least=0)
     warmup: float = option(0.1, "share of the steps with rising learning rate", least=0, below=1)
@@ -126,9 +112,7 @@ class Config:
     compile: bool = option(False, "torch.compile the blocks and decoders")
     workers: int | None = option(None, "processes that read clips (default: by the cores)", least=0, most=256)
     out: str | None = option(None, "folder of the run (default: runs/NAME, named after the settings)")
-    resume: bool = option(
-        False, "go on with the run in --out, from its last checkpoint and with its settings"
-    )
+    resume: bool = option(False, "go on with the run in --out, from its checkpoint, with its settings")
 
     def folder(self):
         """Default for --out: named after what sets runs apart."""
@@ -150,13 +134,6 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def text(value):
-    """A type for argparse: a string that says something."""
-    if not value.strip():
-        raise ValueError
-    return value
-
-
 def parse(Config, manual, arguments=None):
     """Command line to (Config, names of the settings given); exit with one sentence where it makes no sense."""
     parser = Parser(manual)
@@ -172,7 +149,7 @@ def parse(Config, manual, arguments=None):
         elif typing.get_origin(kind) is Literal:
             argument["choices"] = kind.__args__
         elif kind is str:
-            argument["type"], argument["metavar"] = text, "TEXT"
+            argument["metavar"] = "TEXT"
         elif typing.get_origin(kind) is tuple:
             argument["type"], argument["nargs"] = number(int, **f.metadata["limits"]), len(kind.__args__)
             argument["metavar"] = "N"
@@ -265,18 +242,14 @@ def lock_folder(out):
         import fcntl  # not on Windows: there is no lock there
     except ImportError:
         return
-    try:
-        LOCKS.append(open(Path(out) / "config.json", "a+", encoding="utf-8"))
-        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(
-            f"{out} is in use by another process; wait for its end, or choose another --out."
-        ) from None
-    except OSError:
-        pass  # not a folder of a run, which load() says; or a file system without locks
-
-
-LOCKS = []  # open files, for as long as the process lives
+    with suppress(FileNotFoundError, NotADirectoryError):  # no run at all, as load() says
+        file = os.open(Path(out) / "config.json", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{out} is in use by another process; wait for its end.") from None
+        except OSError:
+            pass  # a file system without locks
 
 
 def in_use(out):
@@ -477,9 +450,8 @@ def masks_of_step(config, model, step):
 
 def describe(config, model, source, why, steps):
     """Print what runs and on what."""
-    print(
-        f"{config.out}: {config.size}, {config.regime}, K = {config.blocks}, on {config.device} ({why}), {config.dtype}"
-    )
+    where = f"{config.device} ({why}), {config.dtype}"
+    print(f"{config.out}: {config.size}, {config.regime}, K = {config.blocks}, on {where}")
     if config.data:
         print(
             f"data: {len(source)} of {source.total} videos in {config.data}, classes: {len(source.classes)}"
@@ -494,10 +466,9 @@ def describe(config, model, source, why, steps):
     counts = count_parameters(model)
     listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     print(f"parameters: {listed}; in all {sum(counts.values()):,}")
-    print(f"{steps} steps of {config.batch} clips in {processes()[1]} process(es)")
     if config.device == "cpu" and config.size != "nano":
-        print("  the paper's sizes want a GPU: to see it run in minutes, leave out --size")
-    sys.stdout.flush()
+        print("the paper's sizes want a GPU; to see it run in minutes, leave out --size")
+    print(f"{steps} steps of {config.batch} clips, processes: {processes()[1]}", flush=True)
 
 
 class Log:
