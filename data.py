@@ -678,7 +678,7 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind=int, *, least=None, most=None, above=None, below=None):
     """A type for argparse: an int or a finite float inside the limits that are given."""
-    limits = {"at least": least, "at most": most, "more than": above, "below": below}
+    limits = {"at least": least, "more than": above, "at most": most, "below": below}
     limits = " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
 
     def convert(text):

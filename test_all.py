@@ -2154,10 +2154,11 @@ def test_a_simultaneous_step_keeps_the_activations_of_one_block_and_one_slice(bl
         with bench.saved_bytes(model) as saved[regime]:
             train_step(model, make_optimizers(model), *batch, slices=8)
     assert all(count["now"] == 0 < count["peak"] for count in saved.values())
-    peak = {name: count["peak"] for name, count in saved.items()}
+    targets = 16 * 114 * 1536 * 4  # bytes; of the whole batch, made once
+    peak = {name: count["peak"] - targets for name, count in saved.items()}
     assert peak["simultaneous"] <= of_summed * peak["simultaneous, one graph"]
     assert peak["simultaneous"] <= of_e2e * peak["e2e, one graph"]
-    assert peak["e2e"] <= 0.5 * peak["e2e, one graph"]
+    assert peak["e2e"] <= 0.55 * peak["e2e, one graph"]
 
 
 @with_bench

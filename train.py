@@ -208,7 +208,8 @@ def resolve_defaults(config):
 
 def resumed(Config, config, given):
     """Settings, model and checkpoint of the run in --out. It may run elsewhere, but not otherwise."""
-    lock_folder(config.out)
+    if processes()[0] == 0:
+        lock_folder(config.out)
     model, checkpoint = load(config.out)
     saved = checkpoint.get("settings")
     names = {f.name for f in fields(Config)}
