@@ -136,29 +136,23 @@ def flag(name):
 
 def parse(Config, manual, arguments=None):
     """Command line to (Config, names of the settings given); exit with one sentence where it makes no sense."""
-    parser = Parser(manual)
-    kinds = typing.get_type_hints(Config)
+    parser, kinds = Parser(manual), typing.get_type_hints(Config)
     for f in fields(Config):
         kind = kinds[f.name]
         if isinstance(kind, types.UnionType):  # X | None
             kind = kind.__args__[0]
-        help = f.metadata["help"] + (f" [{f.default}]" if f.default is not None else "")
-        argument = {"default": SUPPRESS, "help": help.replace("%", "%%")}
+        several = typing.get_args(kind)
         if kind is bool:
-            argument["action"] = BooleanOptionalAction
+            argument = {"action": BooleanOptionalAction}
         elif typing.get_origin(kind) is Literal:
-            argument["choices"] = kind.__args__
+            argument = {"choices": several}
         elif kind is str:
-            argument["metavar"] = "TEXT"
-        elif typing.get_origin(kind) is tuple:
-            argument["type"], argument["nargs"] = number(int, **f.metadata["limits"]), len(kind.__args__)
-            argument["metavar"] = "N"
+            argument = {"metavar": "TEXT"}
         else:
-            argument["type"], argument["metavar"] = (
-                number(kind, **f.metadata["limits"]),
-                kind.__name__.upper(),
-            )
-        parser.add_argument(flag(f.name), **argument)
+            argument = {"type": number(several[0] if several else kind, **f.metadata["limits"])}
+            argument["metavar"], argument["nargs"] = "N", len(several) or None
+        help = f.metadata["help"] + (f" [{f.default}]" if f.default is not None else "")
+        parser.add_argument(flag(f.name), default=SUPPRESS, help=help.replace("%", "%%"), **argument)
     given = vars(parser.parse_args(arguments))
     if "tubelet" in given:
         given["tubelet"] = tuple(given["tubelet"])
@@ -208,20 +202,14 @@ def resolve_defaults(config):
 
 def resumed(Config, config, given):
     """Settings, model and checkpoint of the run in --out. It may run elsewhere, but not otherwise."""
-    if processes()[0] == 0:
-        lock_folder(config.out)
+    if processes()[0] == 0 and (Path(config.out) / "last.pt").exists():
+        lock_folder(Path(config.out))
     model, checkpoint = load(config.out)
-    saved = checkpoint.get("settings")
-    names = {f.name for f in fields(Config)}
-    if (
-        not isinstance(saved, dict)
-        or saved.keys() != names
-        or not checkpoint.keys() >= {"optimizers", "data"}
-    ):
-        odd = f" ({', '.join(sorted(map(str, saved.keys() ^ names))[:9])})" if isinstance(saved, dict) else ""
-        raise ValueError(
-            f"The checkpoint in {config.out} was not written by {config.program}: settings{odd}."
-        )
+    saved, names = checkpoint.get("settings"), {f.name for f in fields(Config)}
+    odd = sorted(map(str, saved.keys() ^ names)) if isinstance(saved, dict) else ["all"]
+    if odd or not checkpoint.keys() >= {"optimizers", "data"}:
+        which = f"settings {', '.join(odd[:9])}" if odd else "no optimizers"
+        raise ValueError(f"The checkpoint in {config.out} was not written by {config.program} ({which}).")
     elsewhere = {"resume", "out", "device", "workers"}
     for name in given - elsewhere - {"data", "list"}:
         value = getattr(config, name)
@@ -243,22 +231,19 @@ def lock_folder(out):
         import fcntl  # not on Windows: there is no lock there
     except ImportError:
         return
-    with suppress(FileNotFoundError, NotADirectoryError):  # no run at all, as load() says
-        file = os.open(Path(out) / "config.json", os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f"{out} is in use by another process; wait for its end.") from None
-        except OSError:
-            pass  # a file system without locks
+    file = os.open(out / "config.json", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{out} is in use by another process; wait for its end.") from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def in_use(out):
-    """Does a folder hold something that is not left from a start that was killed?"""
-    leftover = [out / "last.pt.tmp"] + [
-        p for p in (out / "config.json",) if p.exists() and not p.stat().st_size
-    ]
-    return out.exists() and (not out.is_dir() or any(path not in leftover for path in out.iterdir()))
+    """Does a folder hold more than what a start that was killed may leave behind?"""
+    files = out.iterdir() if out.is_dir() else [out] if out.exists() else []
+    return any(file.stat().st_size and file.name != "last.pt.tmp" for file in files)
 
 
 def steps_of_stage(config, source):
