@@ -2208,6 +2208,25 @@ def test_the_summed_loss_of_the_benchmark_is_the_tests_own():
 # ---- README.md ----
 
 
+def test_the_readmes_condensed_step_is_train_step_bit_for_bit():
+    text = (Path(__file__).parent / "README.md").read_text()
+    [code] = [
+        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "decoder_backward" in block
+    ]
+    models = [toy(blocks=4) for _ in range(2)]
+    optimizers = [make_optimizers(model, lr=1e-2) for model in models]
+    for step in range(3):
+        video, (visible, masked) = clips(seed=step), masks(models[0], seed=step)
+        train_step(models[0], optimizers[0], video, visible, masked)
+        names = {"model": models[1], "optimizers": optimizers[1], "visible": visible, "masked": masked}
+        names |= {
+            name: getattr(blockwise, name)
+            for name in ("gather_tokens", "normalized_targets", "decoder_backward")
+        }
+        exec(code, names | {"patches": patchify(video, models[1].tubelet)})  # noqa: S102
+    assert not differing(*map(weights, models))
+
+
 def test_the_commands_in_the_readme_exist():
     text = (Path(__file__).parent / "README.md").read_text()
     programs = {"train": (train.Config, train), "layerlock": (getattr(layerlock, "Config", None), layerlock)}
