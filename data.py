@@ -7,9 +7,6 @@ centre crop for evaluation; videos that are too short are dropped.
     for batch in loader(source, batch=32, last=1500):
         batch["video"]                                # (B, T, H, W, C) uint8
 
-    python data.py SRC DST      # once: pack a folder of videos, so that clips are read several times as fast
-    python data.py SRC          # only say how fast clips are read
-
 Sample k of the endless training stream is a pure function of (seed, k): order, start, crop and flip keep no
 random state. So the number of workers, stopping and resuming change nothing, and any step's batch can be made
 again.
@@ -22,18 +19,13 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import json
 import math
 import os
 import re
-import shutil
 import signal
 import stat
 import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from fractions import Fraction
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -251,12 +243,19 @@ class Gratings:
     def __init__(self, *, double=False, video=(16, 128, 128)):
         self.double, self.video = double, tuple(video)
         self.parameters = DOUBLE if double else SINGLE
-        self.labels = dict(SINGLE)
+        self.labels = SINGLE
         if double:
-            sides = {"sf_left": DOUBLE["sf_left"], "sf_right": DOUBLE["sf_right"]}
-            sides |= {"sf_difference": (-12, -6, 0, 6, 12), "higher_side": ("left", "right", "equal")}
-            angles = {"theta_left": ANGLES, "theta_right": tuple(range(0, 360, 15)), "delta": DOUBLE["delta"]}
-            self.labels = sides | {"sf_match": ("no", "yes")} | angles | {"theta_match": ("no", "yes")}
+            self.labels = {
+                "sf_left": DOUBLE["sf_left"],
+                "sf_right": DOUBLE["sf_right"],
+                "sf_difference": (-12, -6, 0, 6, 12),
+                "higher_side": ("left", "right", "equal"),
+                "sf_match": ("no", "yes"),
+                "theta_left": ANGLES,
+                "theta_right": tuple(range(0, 360, 15)),
+                "delta": DOUBLE["delta"],
+                "theta_match": ("no", "yes"),
+            }
 
     def __len__(self):
         return math.prod(map(len, self.parameters.values()))
@@ -278,23 +277,27 @@ class Gratings:
         """The class number of clip `index` in each of `labels`."""
         of = self.stimulus(index)
         if self.double:
-            left, right, delta = of["sf_left"], of["sf_right"], of["delta"]
-            of |= {"sf_difference": right - left, "theta_right": (of["theta_left"] + delta) % 360}
+            left, right = of["sf_left"], of["sf_right"]
+            of["sf_difference"] = right - left
             of["higher_side"] = "equal" if left == right else "left" if left > right else "right"
-            of |= {"sf_match": "yes" if left == right else "no", "theta_match": "yes" if delta == 0 else "no"}
+            of["sf_match"] = "yes" if left == right else "no"
+            of["theta_right"] = (of["theta_left"] + of["delta"]) % 360
+            of["theta_match"] = "yes" if of["delta"] == 0 else "no"
         return tuple(values.index(of[name]) for name, values in self.labels.items())
 
     def read(self, index, rng=None):
         """Clip `index`, (T, H, W, C) uint8: values -1..1 become 0..255. Nothing is random: rng is unused."""
         of = self.stimulus(index)
+        draw = functools.partial(
+            drifting_grating, tf=of["tf"], contrast=of["contrast"], colour=of["colour"], video=self.video
+        )
         if self.double:
-            same = {"tf": of["tf"], "contrast": of["contrast"], "colour": of["colour"], "video": self.video}
-            frames = drifting_grating(sf=of["sf_left"], theta=of["theta_left"], **same)
-            right = drifting_grating(sf=of["sf_right"], theta=(of["theta_left"] + of["delta"]) % 360, **same)
+            frames = draw(sf=of["sf_left"], theta=of["theta_left"])
+            right = draw(sf=of["sf_right"], theta=(of["theta_left"] + of["delta"]) % 360)
             half = self.video[2] // 2
             frames[:, :, half:] = right[:, :, half:]
         else:
-            frames = drifting_grating(**of, video=self.video)
+            frames = draw(sf=of["sf"], theta=of["theta"])
         return np.rint((frames + 1) * 127.5).astype(np.uint8)
 
 
@@ -527,12 +530,13 @@ def count_packets(container, stream):
     return sum(packet.size > 0 for packet in packets(container, stream))
 
 
-def all_frames(container, stream):
+def all_frames(container, stream, *, limit=True):
     """Decoded frames in display order, up to the end of the file or the first damage after a good frame.
 
-    They end at damage because frames are missing there: no clip may lead across it.
+    They end at damage because frames are missing there: no clip may lead across it. limit: for one clip, no
+    more than MAX_DECODED.
     """
-    most, good = MAX_DECODED // (stream.width * stream.height or 1), False
+    most, good = MAX_DECODED // (stream.width * stream.height or 1) if limit else math.inf, False
     for number, packet in enumerate(packets(container, stream)):
         if number > most:
             raise ValueError(
@@ -579,8 +583,9 @@ def extent(container, stream):
     seconds = (
         stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
     )
-    count = stream.frames or seconds * frame_rate(stream) or count_packets(container, stream)
-    return begin, float(seconds), max(1.0, float(count))
+    by_time = float(seconds) * frame_rate(stream)
+    count = min(stream.frames or by_time, by_time) or count_packets(container, stream)  # edit lists hide some
+    return begin, float(seconds), max(1.0, count)
 
 
 def read_clip(path, *, video=(16, 128, 128), stride=4, start=0.5, crop=(0.5, 0.5), short="repeat"):
@@ -599,7 +604,8 @@ def read_clip(path, *, video=(16, 128, 128), stride=4, start=0.5, crop=(0.5, 0.5
     with open_video(path) as (container, stream):
         begin, seconds, count = extent(container, stream)
         time = begin + start * seconds * max(0.0, 1 - span / count)
-        for back in (0, 2) if time > begin else ():
+        # MXF's time stamps can be wrong after a seek.
+        for back in (0, 2) if time > begin and container.format.name != "mxf" else ():
             if len(frames) < T:
                 found = frames_from(container, stream, time, back=back)
                 frames, _ = take_clip(found, video=video, stride=stride, crop=crop)
@@ -669,17 +675,19 @@ class Parser(argparse.ArgumentParser):
 def number(kind=int, *, least=None, most=None, above=None, below=None):
     """A type for argparse: an int or a finite float inside the limits that are given."""
     limits = {"at least": least, "at most": most, "more than": above, "below": below}
-    limits = " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
+    wanted = "an integer" if kind is int else "a finite number"
+    wanted += "".join(f", {word} {limit}" for word, limit in limits.items() if limit is not None)
 
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}")
-        inside = (least is None or value >= least) and (most is None or value <= most)
+            raise argparse.ArgumentTypeError(f"{text!r:.40} must be {wanted}") from None
+        inside = kind is int or math.isfinite(value)
+        inside = inside and (least is None or value >= least) and (most is None or value <= most)
         inside = inside and (above is None or value > above) and (below is None or value < below)
-        if not (inside and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} must be {limits or 'finite'}")
+        if not inside:
+            raise argparse.ArgumentTypeError(f"{text:.40} must be {wanted}")
         return value
 
     return convert
@@ -744,10 +752,20 @@ def epoch_order(seed, epoch, clips):
     return np.random.default_rng((seed, 0, epoch)).permutation(clips)
 
 
+def read_sample(source, index, rng=None):
+    """(clip, {}), or (None, {name: reason, or frames of a video that is too short})."""
+    try:
+        return torch.from_numpy(source.read(index, rng)), {}
+    except TooShort as error:
+        return None, {source.name(index): error.frames}
+    except READ_ERRORS as error:
+        return None, {source.name(index): reason(error)}
+
+
 class Stream(torch.utils.data.Dataset):
     """The endless stream of training samples: sample k is a pure function of (seed, k).
 
-    A broken file is replaced by the next good one of the source, and reported with the sample.
+    A broken or short file is replaced by the next good one of the source, and reported with the sample.
     """
 
     def __init__(self, source, *, seed=0):
@@ -759,15 +777,11 @@ class Stream(torch.utils.data.Dataset):
         first = int(epoch_order(self.seed, epoch, clips)[place])
         rng = np.random.default_rng((self.seed, 1, epoch, first))
         for index in [*range(first, clips), *range(first)]:
-            try:
-                return {
-                    "video": torch.from_numpy(self.source.read(index, rng)),
-                    "index": index,
-                    "broken": broken,
-                }
-            except READ_ERRORS as error:
-                broken[self.source.name(index)] = reason(error)
-        return {"video": None, "index": first, "broken": broken}  # none is left: check_broken() ends the run
+            video, why = read_sample(self.source, index, rng)
+            broken.update(why)
+            if video is not None:
+                break
+        return {"video": video, "index": index, "broken": broken}  # all broken: check_broken() ends the run
 
 
 class Ordered(torch.utils.data.Dataset):
@@ -777,19 +791,17 @@ class Ordered(torch.utils.data.Dataset):
         self.source = source
 
     def __getitem__(self, index):
-        try:
-            return {"video": torch.from_numpy(self.source.read(index)), "index": index, "broken": {}}
-        except READ_ERRORS as error:
-            return {"video": None, "index": index, "broken": {self.source.name(index): reason(error)}}
+        video, broken = read_sample(self.source, index)
+        return {"video": video, "index": index, "broken": broken}
 
 
 def collate(samples):
-    """Samples to a batch: video (B, T, H, W, C) uint8 or None, index [B], broken {path: reason}."""
+    """Samples to a batch: video (B, T, H, W, C) uint8 or None, index [B], broken as check_broken() takes it."""
     read = [sample for sample in samples if sample["video"] is not None]
     return {
         "video": torch.stack([sample["video"] for sample in read]) if read else None,
         "index": [sample["index"] for sample in read],
-        "broken": {path: why for sample in samples for path, why in sample["broken"].items()},
+        "broken": {name: why for sample in samples for name, why in sample["broken"].items()},
     }
 
 
@@ -804,18 +816,24 @@ def loader(source, *, batch, first=0, last, seed=0, workers=0, part=0, parts=1, 
 
     part, parts: read only this one of equal parts of every batch, for several processes.
     """
-    how = {"collate_fn": collate, "worker_init_fn": leave_signals_to_main, "pin_memory": pin_memory}
     size = batch // parts
     starts = range(first * batch + part * size, last * batch, batch)
-    batches = [range(start, start + size) for start in starts]
-    return DataLoader(Stream(source, seed=seed), batch_sampler=batches, num_workers=workers, **how)
+    return DataLoader(
+        Stream(source, seed=seed),
+        batch_sampler=[range(start, start + size) for start in starts],
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=leave_signals_to_main,
+        pin_memory=pin_memory,
+    )
 
 
 def evaluation_loader(source, *, indices=None, batch=32, workers=0):
     """Batches of every clip once and in order, or of some; broken files are reported and left out."""
     which = range(len(source)) if indices is None else indices
-    how = {"collate_fn": collate, "num_workers": workers}
-    return DataLoader(Ordered(source), batch_size=batch, sampler=which, **how)
+    return DataLoader(
+        Ordered(source), batch_size=batch, sampler=which, num_workers=workers, collate_fn=collate
+    )
 
 
 # ---- pictures ----
