@@ -434,7 +434,7 @@ def walk(folder):
 
     Links to folders are followed, after all real folders; no folder is read twice, so loops of links end.
     """
-    video = re.compile(rf"[^.].*\.({EXTENSIONS})", re.IGNORECASE)  # no hidden files
+    video = re.compile(rf"[^.].*\.({EXTENSIONS})", re.IGNORECASE | re.DOTALL)  # no hidden files
     found, known, todo = [], set(), [folder]
     for start in todo:  # which grows by the links that are met
         for root, folders, files in os.walk(start):
