@@ -301,32 +301,18 @@ class Gratings:
         return np.rint((frames + 1) * 127.5).astype(np.uint8)
 
 
-# ---- video files ----
+# ---- videos: a folder of them ----
 
 EXTENSIONS = (
     "3g2|3gp|apng|asf|avi|divx|dv|f4v|flv|gif|h264|hevc|m2ts|m2v|m4v|mjpeg|mkv|mov|mp4|mpe|mpeg|mpg|mpv|mts|"
     "mxf|ogm|ogv|qt|rm|rmvb|ts|vob|webm|wmv|y4m"
 )
 READ_ERRORS = (OSError, ValueError, av.FFmpegError)  # what a broken file raises, also from inside FFmpeg
-OPENING = {  # a video file is one file: no playlists, no network
-    "format_whitelist": ",".join(sorted(av.formats_available - {"concat"})),
-    "protocol_whitelist": "file",
-}
-MAX_PIXELS = 2**25  # of a frame; 8K has a little less
-MAX_DECODED = 2**36  # pixels that are decoded for one clip; 22 minutes of 1920 x 1080 at 25 frames per second
 MAX_BROKEN = 0.05  # more broken files than this share (and more than one) end a run
 
 
 class BrokenVideos(ValueError):
     """Too many of the videos cannot be read; the message names them."""
-
-
-class TooShort(ValueError):
-    """A video turned out to have too few frames; `frames` says how many."""
-
-    def __init__(self, frames):
-        super().__init__(f"ends after {frames} frames, earlier than its header says")
-        self.frames = frames
 
 
 class Videos:
@@ -404,8 +390,8 @@ class Videos:
                 short = isinstance(what, int)
                 (self.dropped if short else self.broken)[name] = what
                 new[name] = f"too short: {what} frames" if short else what
-        names = {printable(path) for path, _ in self.files}
-        none_left = names <= {*self.broken, *self.dropped}
+        names = map(self.name, range(len(self)))
+        none_left = all(name in self.broken or name in self.dropped for name in names)
         if none_left and self.dropped:
             T, needed = self.video[0], self.video[0] * self.stride
             fits = max(self.dropped.values()) // T
@@ -476,11 +462,6 @@ def read_list(folder, list_file):
     return entries, tuple(sorted({label for _, label in entries}, key=str.lower))
 
 
-def reason(error):
-    """The short form of an error from Python or FFmpeg."""
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
 def look_at(folder, names):
     """count_or_reason() of videos in a folder, in their order, several at a time."""
     with ThreadPoolExecutor(8) as pool:
@@ -496,6 +477,29 @@ def count_or_reason(path):
             return max(stream.frames, 0) or count_packets(container, stream) or "holds no frames"
     except READ_ERRORS as error:
         return reason(error)
+
+
+# ---- videos: the frames of a file ----
+
+OPENING = {  # a video file is one file: no playlists, no network
+    "format_whitelist": ",".join(sorted(av.formats_available - {"concat"})),
+    "protocol_whitelist": "file",
+}
+MAX_PIXELS = 2**25  # of a frame; 8K has a little less
+MAX_DECODED = 2**36  # pixels that are decoded for one clip; 22 minutes of 1920 x 1080 at 25 frames per second
+
+
+class TooShort(ValueError):
+    """A video turned out to have too few frames; `frames` says how many."""
+
+    def __init__(self, frames):
+        super().__init__(f"ends after {frames} frames, earlier than its header says")
+        self.frames = frames
+
+
+def reason(error):
+    """The short form of an error from Python or FFmpeg."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -703,7 +707,7 @@ def check_output(path, *, folder=False):
         probe.open("ab").close()
         if new:
             probe.unlink()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no name of a file
         raise ValueError(f"{path} cannot be written ({reason(error)}); name another place.") from None
 
 
@@ -832,7 +836,12 @@ def evaluation_loader(source, *, indices=None, batch=32, workers=0):
     """Batches of every clip once and in order, or of some; broken files are reported and left out."""
     which = range(len(source)) if indices is None else indices
     return DataLoader(
-        Ordered(source), batch_size=batch, sampler=which, num_workers=workers, collate_fn=collate
+        Ordered(source),
+        batch_size=batch,
+        sampler=which,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=leave_signals_to_main,
     )
 
 

@@ -188,11 +188,11 @@ def main(arguments=None):
     for (folder, stride), ms in zip(places, times):
         size = sum((Path(folder) / path).stat().st_size for path in names) / 1e6
         print(
-            f"{folder}: {len(names)} videos, {size:.1f} MB, {ms:.2f} ms to read a clip at --stride {stride}"
+            f"{printable(folder)}: {len(names)} videos, {size:.1f} MB, {ms:.2f} ms to read a clip at --stride {stride}"
         )
     print(f"{len(broken)} broken")
     if args.target:
-        print(f"Train with --data {args.target} --stride {stride}")
+        print(f"Train with --data {printable(args.target)} --stride {stride}")
 
 
 if __name__ == "__main__":
