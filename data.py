@@ -569,7 +569,9 @@ def frames_from(container, stream, time, *, back):
     for frame in all_frames(container, stream):
         if not (key or frame.key_frame):
             continue  # refers to frames before the key frame, which were not decoded
-        if frame.is_corrupt or not reached and (frame.time is None or not key and frame.time > time + half):
+        if frame.is_corrupt or frame.time is None:
+            return
+        if not key and frame.time > time + half:
             return
         key, reached = True, reached or frame.time >= time - half
         if reached:
@@ -608,9 +610,9 @@ def read_clip(path, *, video=(16, 128, 128), stride=4, start=0.5, crop=(0.5, 0.5
     with open_video(path) as (container, stream):
         begin, seconds, count = extent(container, stream)
         time = begin + start * seconds * max(0.0, 1 - span / count)
-        # MXF's time stamps can be wrong after a seek.
-        for back in (0, 2) if time > begin and container.format.name != "mxf" else ():
-            if len(frames) < T:
+        can_seek = time > begin and container.format.name != "mxf"  # whose time stamps may then be wrong
+        for back in (0, 2):  # seconds: the key frame before `time` in the file may show after it
+            if can_seek and len(frames) < T:
                 found = frames_from(container, stream, time, back=back)
                 frames, _ = take_clip(found, video=video, stride=stride, crop=crop)
     # Where seeking fails, and at the very beginning: decode from there, and count. That tells how many frames
