@@ -782,7 +782,8 @@ class Stream(torch.utils.data.Dataset):
         epoch, place = divmod(k, clips)
         first = int(epoch_order(self.seed, epoch, clips)[place])
         rng = np.random.default_rng((self.seed, 1, epoch, first))
-        for index in [*range(first, clips), *range(first)]:
+        for tried in range(clips):
+            index = (first + tried) % clips
             video, why = read_sample(self.source, index, rng)
             broken.update(why)
             if video is not None:
