@@ -7,9 +7,6 @@ centre crop for evaluation; videos that are too short are dropped.
     for batch in loader(source, batch=32, last=1500):
         batch["video"]                                # (B, T, H, W, C) uint8
 
-    python data.py SRC DST      # once: pack a folder of videos, so that clips are read several times as fast
-    python data.py SRC          # only say how fast clips are read
-
 Sample k of the endless training stream is a pure function of (seed, k): order, start, crop and flip keep no
 random state. So the number of workers, stopping and resuming change nothing, and any step's batch can be made
 again.
@@ -22,18 +19,13 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import json
 import math
 import os
 import re
-import shutil
 import signal
 import stat
 import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from fractions import Fraction
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -251,12 +243,19 @@ class Gratings:
     def __init__(self, *, double=False, video=(16, 128, 128)):
         self.double, self.video = double, tuple(video)
         self.parameters = DOUBLE if double else SINGLE
-        self.labels = dict(SINGLE)
+        self.labels = SINGLE
         if double:
-            sides = {"sf_left": DOUBLE["sf_left"], "sf_right": DOUBLE["sf_right"]}
-            sides |= {"sf_difference": (-12, -6, 0, 6, 12), "higher_side": ("left", "right", "equal")}
-            angles = {"theta_left": ANGLES, "theta_right": tuple(range(0, 360, 15)), "delta": DOUBLE["delta"]}
-            self.labels = sides | {"sf_match": ("no", "yes")} | angles | {"theta_match": ("no", "yes")}
+            self.labels = {
+                "sf_left": DOUBLE["sf_left"],
+                "sf_right": DOUBLE["sf_right"],
+                "sf_difference": (-12, -6, 0, 6, 12),
+                "higher_side": ("left", "right", "equal"),
+                "sf_match": ("no", "yes"),
+                "theta_left": ANGLES,
+                "theta_right": tuple(range(0, 360, 15)),
+                "delta": DOUBLE["delta"],
+                "theta_match": ("no", "yes"),
+            }
 
     def __len__(self):
         return math.prod(map(len, self.parameters.values()))
@@ -278,41 +277,37 @@ class Gratings:
         """The class number of clip `index` in each of `labels`."""
         of = self.stimulus(index)
         if self.double:
-            left, right, delta = of["sf_left"], of["sf_right"], of["delta"]
-            of |= {"sf_difference": right - left, "theta_right": (of["theta_left"] + delta) % 360}
+            left, right = of["sf_left"], of["sf_right"]
+            of["sf_difference"] = right - left
             of["higher_side"] = "equal" if left == right else "left" if left > right else "right"
-            of |= {"sf_match": "yes" if left == right else "no", "theta_match": "yes" if delta == 0 else "no"}
+            of["sf_match"] = "yes" if left == right else "no"
+            of["theta_right"] = (of["theta_left"] + of["delta"]) % 360
+            of["theta_match"] = "yes" if of["delta"] == 0 else "no"
         return tuple(values.index(of[name]) for name, values in self.labels.items())
 
     def read(self, index, rng=None):
         """Clip `index`, (T, H, W, C) uint8: values -1..1 become 0..255. Nothing is random: rng is unused."""
         of = self.stimulus(index)
+        draw = functools.partial(
+            drifting_grating, tf=of["tf"], contrast=of["contrast"], colour=of["colour"], video=self.video
+        )
         if self.double:
-            same = {"tf": of["tf"], "contrast": of["contrast"], "colour": of["colour"], "video": self.video}
-            frames = drifting_grating(sf=of["sf_left"], theta=of["theta_left"], **same)
-            right = drifting_grating(sf=of["sf_right"], theta=(of["theta_left"] + of["delta"]) % 360, **same)
+            frames = draw(sf=of["sf_left"], theta=of["theta_left"])
+            right = draw(sf=of["sf_right"], theta=(of["theta_left"] + of["delta"]) % 360)
             half = self.video[2] // 2
             frames[:, :, half:] = right[:, :, half:]
         else:
-            frames = drifting_grating(**of, video=self.video)
+            frames = draw(sf=of["sf"], theta=of["theta"])
         return np.rint((frames + 1) * 127.5).astype(np.uint8)
 
 
-# ---- video files ----
+# ---- videos: a folder of them ----
 
 EXTENSIONS = (
     "3g2|3gp|apng|asf|avi|divx|dv|f4v|flv|gif|h264|hevc|m2ts|m2v|m4v|mjpeg|mkv|mov|mp4|mpe|mpeg|mpg|mpv|mts|"
     "mxf|ogm|ogv|qt|rm|rmvb|ts|vob|webm|wmv|y4m"
 )
 READ_ERRORS = (OSError, ValueError, av.FFmpegError)  # what a broken file raises, also from inside FFmpeg
-OPENING = {  # a video file is one file: no playlists, no network
-    "format_whitelist": ",".join(sorted(av.formats_available - {"concat"})),
-    "protocol_whitelist": "file",
-}
-MAX_PIXELS = 2**25  # of a frame; 8K has a little less
-MAX_DECODED = 2**36  # pixels that are decoded for one clip; 22 minutes of 1920 x 1080 at 25 frames per second
-MAX_REORDER = 16  # frames that a frame may come early, at most (H.264, A.3.1)
-HAVE_B_FRAMES = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
 MAX_BROKEN = 0.05  # more broken files than this share (and more than one) end a run
 
 
@@ -328,51 +323,40 @@ class Videos:
     video: (T, H, W) of a clip. stride: take every stride-th frame.
     short: what happens to videos of fewer than T * stride frames: "drop" (the paper's rule) leaves them out,
     "repeat" repeats their last frame.
-    `broken` {path: reason} names the files that cannot be read, `dropped` {path: frames} the short ones.
+    `broken` {name: reason} are the files that cannot be read, `dropped` {name: frames} the short ones.
     Raises ValueError if no usable video is left, BrokenVideos if more than MAX_BROKEN of the files are
     broken.
     """
 
     def __init__(self, folder, *, list_file=None, video=(16, 128, 128), stride=4, short="drop"):
         self.folder, self.video, self.stride, self.short = Path(folder), tuple(video), stride, short
-        if not self.folder.is_dir():
-            raise ValueError(f"{folder} is not a folder; --data wants the folder that your videos are in.")
+        if not os.fspath(folder) or not self.folder.is_dir():
+            raise ValueError(f"{str(folder)!r} is not a folder; --data wants the folder your videos are in.")
         entries, self.classes = read_list(self.folder, list_file) if list_file else walk(self.folder)
         if not entries:
             looked = EXTENSIONS.replace("|", " ")
             raise ValueError(f"No videos in {list_file or folder} (looked for {looked}).")
         self.labels, self.total = {"class": self.classes}, len(entries)
-        self.files, self.broken, self.dropped = [], {}, {}
+        self.files, self.broken, self.dropped, left_out = [], {}, {}, {}
         for (path, label), count in zip(entries, look_at(self.folder, [path for path, _ in entries])):
-            if isinstance(count, str):
-                self.broken[path] = count
-            elif short == "drop" and count < self.video[0] * stride:
-                self.dropped[path] = count
-            else:
+            if isinstance(count, int) and (short == "repeat" or count >= self.video[0] * stride):
                 self.files.append((path, label))
-        if self.dropped and not self.files:
-            fits, needed = (
-                max(self.dropped.values()) // self.video[0],
-                f"{self.video[0]} frames x stride {stride}",
-            )
-            fix = f"--stride {fits} would fit the longest, " if fits else ""
-            raise ValueError(
-                f"All {len(self.dropped)} videos have fewer than {needed} = {self.video[0] * stride} frames; "
-                f"{fix}--short repeat fits all."
-            )
-        self.check_broken()
+            else:
+                left_out[printable(path)] = count
+        self.check_broken(left_out)
 
     def __len__(self):
         return len(self.files)
 
     def name(self, index):
-        """Path of video `index`, relative to the folder."""
-        return self.files[index][0]
+        """Path of video `index` relative to the folder, as it can be printed."""
+        return printable(self.files[index][0])
 
     @property
     def fingerprint(self):
         """Names the videos and their order: a run can only be resumed on the same ones."""
-        return hashlib.sha256("\n".join(path for path, _ in self.files).encode()).hexdigest()
+        paths = "\n".join(path for path, _ in self.files)
+        return hashlib.sha256(paths.encode("utf-8", "surrogatepass")).hexdigest()
 
     def targets(self, index):
         """Class number of video `index`, as a tuple of one."""
@@ -384,17 +368,40 @@ class Videos:
         rng: random start, crop and flip, for training (Sec. 3.2); None: all in the middle.
         """
         start, top, left, mirror = (0.5, 0.5, 0.5, 0.0) if rng is None else rng.random(4)
-        how = {"start": start, "crop": (top, left), "short": self.short}
-        clip = read_clip(self.folder / self.name(index), video=self.video, stride=self.stride, **how)
+        clip = read_clip(
+            self.folder / self.files[index][0],
+            video=self.video,
+            stride=self.stride,
+            start=start,
+            crop=(top, left),
+            short=self.short,
+        )
         return np.ascontiguousarray(clip[:, :, ::-1]) if mirror > 0.5 else clip
 
     def check_broken(self, found=()):
-        """Add files found broken in reading, {path: reason}; returns new ones. BrokenVideos if too many."""
-        new = {path: why for path, why in dict(found).items() if path not in self.broken}
-        self.broken.update(new)
-        none_left = all(path in self.broken for path, _ in self.files)
+        """Note videos that turned out broken {name: reason} or short {name: frames}.
+
+        Returns the new ones {name: reason}. Raises BrokenVideos if too many are broken, ValueError if none is
+        left.
+        """
+        new = {}
+        for name, what in dict(found).items():
+            if name not in self.broken and name not in self.dropped:
+                short = isinstance(what, int)
+                (self.dropped if short else self.broken)[name] = what
+                new[name] = f"too short: {what} frames" if short else what
+        names = map(self.name, range(len(self)))
+        none_left = all(name in self.broken or name in self.dropped for name in names)
+        if none_left and self.dropped:
+            T, needed = self.video[0], self.video[0] * self.stride
+            fits = max(self.dropped.values()) // T
+            fix = f"--stride {fits} would fit the longest, " if fits else ""
+            raise ValueError(
+                f"All {len(self.dropped)} videos that can be read have fewer than {T} frames x stride "
+                f"{self.stride} = {needed} frames; {fix}--short repeat fits all."
+            )
         if none_left or len(self.broken) > max(1, MAX_BROKEN * self.total):
-            which = "; ".join(f"{path} ({why})" for path, why in list(self.broken.items())[:10])
+            which = "; ".join(f"{name} ({why})" for name, why in list(self.broken.items())[:10])
             more = f" and {len(self.broken) - 10} more" if len(self.broken) > 10 else ""
             raise BrokenVideos(
                 f"{len(self.broken)} of {self.total} videos cannot be read, at most {MAX_BROKEN:.0%} may be: "
@@ -403,14 +410,29 @@ class Videos:
         return new
 
 
+def printable(name):
+    """A file's name for messages: bytes that are no UTF-8, line breaks and the like as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
 def walk(folder):
-    """All videos below a folder, by extension in any case, sorted: ([(path, label)], class names)."""
-    video = re.compile(rf"[^.].*\.({EXTENSIONS})", re.IGNORECASE)  # no hidden files
-    found = [
-        Path(root, file) for root, _, files in os.walk(folder) for file in files if video.fullmatch(file)
-    ]
+    """All videos below a folder, by extension in any case, sorted: ([(path, label)], class names).
+
+    Links to folders are followed, after all real folders; no folder is read twice, so loops of links end.
+    """
+    video = re.compile(rf"[^.].*\.({EXTENSIONS})", re.IGNORECASE | re.DOTALL)  # no hidden files
+    found, known, todo = [], set(), [folder]
+    for start in todo:  # which grows by the links that are met
+        for root, folders, files in os.walk(start):
+            if os.path.realpath(root) in known:
+                folders.clear()
+                continue
+            known.add(os.path.realpath(root))
+            folders.sort()
+            todo += [Path(root, name) for name in folders if Path(root, name).is_symlink()]
+            found += [Path(root, file) for file in files if video.fullmatch(file)]
     paths = sorted(path.relative_to(folder) for path in found)
-    entries = [(path.as_posix(), path.parent.name or folder.resolve().name) for path in paths]
+    entries = [(path.as_posix(), printable(path.parent.name or folder.resolve().name)) for path in paths]
     return entries, tuple(sorted({label for _, label in entries}, key=str.lower))
 
 
@@ -422,19 +444,57 @@ def read_list(folder, list_file):
     numbers (its classInd.txt).
     """
     try:
-        lines = [line.strip() for line in Path(list_file).read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(list_file).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
         raise ValueError(f"Cannot read the list {list_file}: {reason(error)}.") from None
+    if "\0" in text:
+        raise ValueError(f"Cannot read the list {list_file}: it is no text in UTF-8; save it as such.")
     entry = re.compile(rf"(.*\.(?:{EXTENSIONS}))(?:\s+(.*))?", re.IGNORECASE)
-    entries = [m.groups() if (m := entry.fullmatch(line)) else (line, None) for line in lines if line]
-    parents = [Path(path).parent.name or folder.resolve().name for path, _ in entries]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    entries = [match.groups() if (match := entry.fullmatch(line)) else (line, None) for line in lines]
+    parents = [printable(Path(path).parent.name or folder.resolve().name) for path, _ in entries]
     numbered = {(given, parent) for (_, given), parent in zip(entries, parents)}
     one_to_one = len(numbered) == len({given for given, _ in numbered}) == len(set(parents))
     if one_to_one and all(given and given.isdigit() for given, _ in numbered):
         classes = tuple(parent for _, parent in sorted(numbered, key=lambda pair: int(pair[0])))
         return [(path, parent) for (path, _), parent in zip(entries, parents)], classes
-    entries = [(path, given or parent) for (path, given), parent in zip(entries, parents)]
+    entries = [(path, printable(given or parent)) for (path, given), parent in zip(entries, parents)]
     return entries, tuple(sorted({label for _, label in entries}, key=str.lower))
+
+
+def look_at(folder, names):
+    """count_or_reason() of videos in a folder, in their order, several at a time."""
+    with ThreadPoolExecutor(8) as pool:
+        counts = pool.map(lambda name: count_or_reason(folder / name), names)
+        return list(tqdm(counts, "look at videos", len(names), leave=False))
+
+
+def count_or_reason(path):
+    """Number of frames that a file promises, or the reason (a str) why it is no video."""
+    try:
+        with open_video(path) as (container, stream):
+            # Matroska, WebM, MPEG and others do not store the count.
+            return max(stream.frames, 0) or count_packets(container, stream) or "holds no frames"
+    except READ_ERRORS as error:
+        return reason(error)
+
+
+# ---- videos: the frames of a file ----
+
+OPENING = {  # a video file is one file: no playlists, no network
+    "format_whitelist": ",".join(sorted(av.formats_available - {"concat"})),
+    "protocol_whitelist": "file",
+}
+MAX_PIXELS = 2**25  # of a frame; 8K has a little less
+MAX_DECODED = 2**36  # pixels that are decoded for one clip; 22 minutes of 1920 x 1080 at 25 frames per second
+
+
+class TooShort(ValueError):
+    """A video turned out to have too few frames; `frames` says how many."""
+
+    def __init__(self, frames):
+        super().__init__(f"ends after {frames} frames, earlier than its header says")
+        self.frames = frames
 
 
 def reason(error):
@@ -463,32 +523,10 @@ def open_video(path):
         yield container, stream
 
 
-def packets(container, stream, most=None):
-    """Packets up to the end of the file, or to damage of the container; the last one is empty, as a flush.
-
-    ValueError if there are more than `most`. More than there are bytes in the file, there cannot be.
-    """
-    with contextlib.suppress(av.FFmpegError):
-        for number, packet in enumerate(itertools.islice(container.demux(stream), container.size)):
-            if most is not None and number > most:
-                raise ValueError(
-                    f"needs more than {most} frames decoded for one clip; mend it with python data.py SRC DST"
-                )
-            yield packet
-
-
-def frames_of(codec, packet):
-    """Frames that a packet brings out of the decoder, None all that are left; none where it is damaged."""
-    try:
-        return codec.decode(packet)
-    except av.FFmpegError:
-        return []
-
-
-def all_frames(container, stream, most=None):
-    """Decoded frames up to the end of the file, passing over damaged packets."""
-    for packet in packets(container, stream, most):
-        yield from frames_of(stream.codec_context, packet)
+def packets(container, stream):
+    """Packets up to the end of the file, or to damage of the container; the last one is empty, as a flush."""
+    with contextlib.suppress(av.FFmpegError):  # there cannot be more than there are bytes
+        yield from itertools.islice(container.demux(stream), container.size)
 
 
 def count_packets(container, stream):
@@ -496,60 +534,48 @@ def count_packets(container, stream):
     return sum(packet.size > 0 for packet in packets(container, stream))
 
 
-def count_or_reason(path):
-    """Number of frames that a file promises, or the reason (a str) why it is no video."""
-    try:
-        with open_video(path) as (container, stream):
-            # Matroska, WebM, MPEG and others do not store the count.
-            return max(stream.frames, 0) or count_packets(container, stream) or "holds no frames"
-    except READ_ERRORS as error:
-        return reason(error)
+def all_frames(container, stream, *, limit=True):
+    """Decoded frames in display order, up to the end of the file or the first damage after a good frame.
 
-
-def look_at(folder, names):
-    """count_or_reason() of videos in a folder, in their order, several at a time."""
-    with ThreadPoolExecutor(8) as pool:
-        counts = pool.map(lambda name: count_or_reason(folder / name), names)
-        return list(tqdm(counts, "look at videos", len(names), leave=False))
-
-
-def read_clip(path, *, video=(16, 128, 128), stride=4, start=0.5, crop=(0.5, 0.5), short="repeat"):
-    """Read T frames of a video file, every stride-th, from a place given as a fraction: (T, H, W, C) uint8.
-
-    start: 0 is the earliest possible start, 1 the latest. crop: (vertical, horizontal) place of the crop,
-    0..1.
-    short: with too few frames, "repeat" repeats the last one, "drop" raises ValueError. Rotation by metadata
-    is applied (phones film sideways); non-square pixels and HDR are not converted. Stride counts frames, not
-    seconds. Damaged packets are passed over.
-    Raises READ_ERRORS if nothing can be read.
+    They end at damage because frames are missing there: no clip may lead across it. limit: for one clip, no
+    more than MAX_DECODED.
     """
-    # Differs from paper: it names a random 128 x 128 crop only; here the shorter side is first resized to
-    # that.
-    T, how = video[0], {"video": video, "stride": stride, "crop": crop}
-    with open_video(path) as (container, stream):
-        begin, seconds, count = extent(container, stream)
-        target = begin + start * seconds * max(0.0, 1 - T * stride / count)
-        place = {"time": target, "seek": target > begin}
-        quick = seconds and stream.codec_context.name in HAVE_B_FRAMES and stream.codec_context.has_b_frames
-        frames = (decode_needed if quick else decode)(container, stream, **place, **how) if seconds else []
-    if quick and len(frames) < T:
-        with open_video(path) as (container, stream):
-            frames = decode(container, stream, **place, **how)
-    if len(frames) < T and (target > begin or not seconds):
-        # The header has no duration or a wrong one, or the seek came out late: count, and skip from the
-        # beginning.
-        with open_video(path) as (container, stream):
-            room = max(0, count_packets(container, stream) - T * stride)
-        for skip in (int(start * room), 0):
-            with open_video(path) as (container, stream):
-                frames = max(frames, decode(container, stream, skip=skip, **how), key=len)
-            if len(frames) == T or skip == 0:
-                break
-    if not frames:
-        raise ValueError("no frame can be decoded")
-    if len(frames) < T and short == "drop":
-        raise ValueError(f"ends after {len(frames)} of {T} frames, earlier than its header says")
-    return np.stack(frames + frames[-1:] * (T - len(frames)))  # (T, H, W, C)
+    most, good = MAX_DECODED // (stream.width * stream.height or 1) if limit else math.inf, False
+    for number, packet in enumerate(packets(container, stream)):
+        if number > most:
+            raise ValueError(
+                f"needs more than {most} frames decoded for one clip; encode it again, with more key frames"
+            )
+        try:
+            frames = stream.codec_context.decode(packet)
+        except av.FFmpegError:
+            if good:
+                return
+            continue
+        good = good or len(frames) > 0
+        yield from frames
+
+
+def frames_from(container, stream, time, *, back):
+    """Frames in display order from `time` (in seconds) on, decoded from the key frame before `time - back`.
+
+    They end, or do not begin, where they could be wrong: if the first key frame shows too late, because the
+    format has no index or orders its frames otherwise, or if a decoder says that it misses some reference.
+    """
+    with contextlib.suppress(av.FFmpegError, OverflowError):  # what cannot seek stays at its beginning
+        container.seek(int((time - back) / stream.time_base), stream=stream)
+    half = 0.5 / frame_rate(stream)  # time stamps are rounded
+    key, reached = False, False
+    for frame in all_frames(container, stream):
+        if not (key or frame.key_frame):
+            continue  # refers to frames before the key frame, which were not decoded
+        if frame.is_corrupt or frame.time is None:
+            return
+        if not key and frame.time > time + half:
+            return
+        key, reached = True, reached or frame.time >= time - half
+        if reached:
+            yield frame
 
 
 def frame_rate(stream):
@@ -560,75 +586,61 @@ def frame_rate(stream):
 def extent(container, stream):
     """(begin in seconds, duration in seconds, frames) by the header; duration 0 where it has none."""
     begin = float((stream.start_time or 0) * stream.time_base)
-    duration = (
+    seconds = (
         stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
     )
-    return begin, float(duration), max(1.0, stream.frames or float(duration) * frame_rate(stream))
+    by_time = float(seconds) * frame_rate(stream)
+    count = min(stream.frames or by_time, by_time) or count_packets(container, stream)  # edit lists hide some
+    return begin, float(seconds), max(1.0, count)
 
 
-def seek_before(container, stream, time):
-    """Go to the key frame before a time in seconds; a format that cannot seek stays at its beginning."""
-    with contextlib.suppress(av.FFmpegError, OverflowError):
-        container.seek(int(time / stream.time_base), stream=stream)
+def read_clip(path, *, video=(16, 128, 128), stride=4, start=0.5, crop=(0.5, 0.5), short="repeat"):
+    """Read T frames of a video file, every stride-th, from a place given as a fraction: (T, H, W, C) uint8.
+
+    start: 0 is the earliest possible start, 1 the latest. crop: (vertical, horizontal) place of the crop,
+    0..1.
+    short: with too few frames, "repeat" repeats the last one, "drop" raises TooShort. Rotation by metadata
+    is applied (phones film sideways); non-square pixels and HDR are not converted. Stride counts frames, not
+    seconds. Time stamps only choose where a clip starts; from there on frames are counted.
+    Raises READ_ERRORS if nothing can be read.
+    """
+    # Differs from paper: it names a random 128 x 128 crop only; here the shorter side is first resized to
+    # that.
+    T, span, frames = video[0], video[0] * stride, []
+    with open_video(path) as (container, stream):
+        begin, seconds, count = extent(container, stream)
+        time = begin + start * seconds * max(0.0, 1 - span / count)
+        can_seek = time > begin and container.format.name != "mxf"  # whose time stamps may then be wrong
+        for back in (0, 2):  # seconds: the key frame before `time` in the file may show after it
+            if can_seek and len(frames) < T:
+                found = frames_from(container, stream, time, back=back)
+                frames, _ = take_clip(found, video=video, stride=stride, crop=crop)
+    # Where seeking fails, and at the very beginning: decode from there, and count. That tells how many frames
+    # there really are; if the header has promised more, choose the place again.
+    for _ in range(2):
+        if len(frames) < T:
+            skip = int(start * max(0, count - span))
+            with open_video(path) as (container, stream):
+                found = all_frames(container, stream)
+                frames, count = take_clip(found, video=video, stride=stride, crop=crop, skip=skip)
+            if skip == 0:
+                break
+    if not frames:
+        raise ValueError("no frame can be decoded")
+    if len(frames) < T and short == "drop":
+        raise TooShort(count)
+    return np.stack(frames + frames[-1:] * (T - len(frames)))  # (T, H, W, C)
 
 
-def decode(container, stream, *, video, stride, crop, time=None, seek=False, skip=0):
-    """Up to T frames, every stride-th after `skip` frames or from `time` seconds on, each (H, W, C) uint8."""
-    if seek:
-        seek_before(container, stream, time)
-    first = -math.inf if time is None else time - 0.5 / frame_rate(stream)  # time stamps are rounded
-    reformatter, kept, passed = VideoReformatter(), [], -skip
-    for frame in all_frames(container, stream, MAX_DECODED // (stream.width * stream.height or 1)):
-        if frame.time is not None and frame.time < first:
-            continue
-        if passed >= 0 and passed % stride == 0:
+def take_clip(frames, *, video, stride, crop, skip=0):
+    """Up to T frames, every stride-th after the first `skip`, each (H, W, C) uint8, and how many went by."""
+    reformatter, kept, passed = VideoReformatter(), [], 0
+    for passed, frame in enumerate(frames, 1):
+        if passed > skip and (passed - skip - 1) % stride == 0:
             kept.append(upright_crop(frame, reformatter, video[1], video[2], crop))
             if len(kept) == video[0]:
                 break
-        passed += 1
-    return kept
-
-
-def decode_needed(container, stream, *, video, stride, crop, time, seek):
-    """The T frames that decode() gives, without decoding frames that are neither kept nor referred to.
-
-    Those are B-frames. Packets are read ahead, and their times say which frames are wanted; that can be
-    trusted if packets come in another order than their times, as they must where there are B-frames. [] in
-    any other case.
-    """
-    codec, span = stream.codec_context, video[0] * stride
-    if seek:
-        seek_before(container, stream, time)
-    first, tick = time - 0.5 / frame_rate(stream), stream.time_base
-    times, ahead = [], []  # of all packets; packets from the first wanted one on
-    for packet in packets(container, stream, MAX_DECODED // (stream.width * stream.height or 1)):
-        if packet.pts is None:
-            if packet.size:
-                return []
-            break  # the empty last one
-        times.append(packet.pts)
-        if ahead or packet.pts * tick.numerator / tick.denominator >= first:
-            ahead.append(packet)
-        else:
-            codec.skip_frame = "NONREF"
-            frames_of(codec, packet)
-        if len(ahead) == span + MAX_REORDER:
-            break
-    shown = sorted(pts for pts in times if pts * tick.numerator / tick.denominator >= first)
-    wanted = shown[:span:stride]
-    if len(wanted) < video[0] or times == sorted(times) or len(set(times)) < len(times):
-        return []
-    while ahead[-1].pts not in wanted:
-        ahead.pop()
-    reformatter, kept = VideoReformatter(), {}
-    for packet in [*ahead, None]:
-        codec.skip_frame = "DEFAULT" if packet and packet.pts in wanted else "NONREF"
-        for frame in frames_of(codec, packet):
-            if frame.interlaced_frame:  # may be two packets
-                return []
-            if frame.pts in wanted:
-                kept[frame.pts] = upright_crop(frame, reformatter, video[1], video[2], crop)
-    return [kept[pts] for pts in wanted] if len(kept) == video[0] else []
+    return kept, passed
 
 
 def upright_crop(frame, reformatter, H, W, crop):
@@ -679,17 +691,19 @@ class Parser(argparse.ArgumentParser):
 def number(kind=int, *, least=None, most=None, above=None, below=None):
     """A type for argparse: an int or a finite float inside the limits that are given."""
     limits = {"at least": least, "more than": above, "at most": most, "below": below}
-    limits = " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
+    wanted = "an integer" if kind is int else "a finite number"
+    wanted += "".join(f", {word} {limit}" for word, limit in limits.items() if limit is not None)
 
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}")
-        inside = (least is None or value >= least) and (most is None or value <= most)
+            raise argparse.ArgumentTypeError(f"{text!r:.40} must be {wanted}") from None
+        inside = kind is int or math.isfinite(value)
+        inside = inside and (least is None or value >= least) and (most is None or value <= most)
         inside = inside and (above is None or value > above) and (below is None or value < below)
-        if not (inside and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} must be {limits or 'finite'}")
+        if not inside:
+            raise argparse.ArgumentTypeError(f"{text:.40} must be {wanted}")
         return value
 
     return convert
@@ -705,7 +719,7 @@ def check_output(path, *, folder=False):
         probe.open("ab").close()
         if new:
             probe.unlink()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no name of a file
         raise ValueError(f"{path} cannot be written ({reason(error)}); name another place.") from None
 
 
@@ -754,10 +768,20 @@ def epoch_order(seed, epoch, clips):
     return np.random.default_rng((seed, 0, epoch)).permutation(clips)
 
 
+def read_sample(source, index, rng=None):
+    """(clip, {}), or (None, {name: reason, or frames of a video that is too short})."""
+    try:
+        return torch.from_numpy(source.read(index, rng)), {}
+    except TooShort as error:
+        return None, {source.name(index): error.frames}
+    except READ_ERRORS as error:
+        return None, {source.name(index): reason(error)}
+
+
 class Stream(torch.utils.data.Dataset):
     """The endless stream of training samples: sample k is a pure function of (seed, k).
 
-    A broken file is replaced by the next good one of the source, and reported with the sample.
+    A broken or short file is replaced by the next good one of the source, and reported with the sample.
     """
 
     def __init__(self, source, *, seed=0):
@@ -768,16 +792,13 @@ class Stream(torch.utils.data.Dataset):
         epoch, place = divmod(k, clips)
         first = int(epoch_order(self.seed, epoch, clips)[place])
         rng = np.random.default_rng((self.seed, 1, epoch, first))
-        for index in [*range(first, clips), *range(first)]:
-            try:
-                return {
-                    "video": torch.from_numpy(self.source.read(index, rng)),
-                    "index": index,
-                    "broken": broken,
-                }
-            except READ_ERRORS as error:
-                broken[self.source.name(index)] = reason(error)
-        return {"video": None, "index": first, "broken": broken}  # none is left: check_broken() ends the run
+        for tried in range(clips):
+            index = (first + tried) % clips
+            video, why = read_sample(self.source, index, rng)
+            broken.update(why)
+            if video is not None:
+                break
+        return {"video": video, "index": index, "broken": broken}  # all broken: check_broken() ends the run
 
 
 class Ordered(torch.utils.data.Dataset):
@@ -787,19 +808,17 @@ class Ordered(torch.utils.data.Dataset):
         self.source = source
 
     def __getitem__(self, index):
-        try:
-            return {"video": torch.from_numpy(self.source.read(index)), "index": index, "broken": {}}
-        except READ_ERRORS as error:
-            return {"video": None, "index": index, "broken": {self.source.name(index): reason(error)}}
+        video, broken = read_sample(self.source, index)
+        return {"video": video, "index": index, "broken": broken}
 
 
 def collate(samples):
-    """Samples to a batch: video (B, T, H, W, C) uint8 or None, index [B], broken {path: reason}."""
+    """Samples to a batch: video (B, T, H, W, C) uint8 or None, index [B], broken as check_broken() takes it."""
     read = [sample for sample in samples if sample["video"] is not None]
     return {
         "video": torch.stack([sample["video"] for sample in read]) if read else None,
         "index": [sample["index"] for sample in read],
-        "broken": {path: why for sample in samples for path, why in sample["broken"].items()},
+        "broken": {name: why for sample in samples for name, why in sample["broken"].items()},
     }
 
 
@@ -814,18 +833,29 @@ def loader(source, *, batch, first=0, last, seed=0, workers=0, part=0, parts=1, 
 
     part, parts: read only this one of equal parts of every batch, for several processes.
     """
-    how = {"collate_fn": collate, "worker_init_fn": leave_signals_to_main, "pin_memory": pin_memory}
     size = batch // parts
     starts = range(first * batch + part * size, last * batch, batch)
-    batches = [range(start, start + size) for start in starts]
-    return DataLoader(Stream(source, seed=seed), batch_sampler=batches, num_workers=workers, **how)
+    return DataLoader(
+        Stream(source, seed=seed),
+        batch_sampler=[range(start, start + size) for start in starts],
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=leave_signals_to_main,
+        pin_memory=pin_memory,
+    )
 
 
 def evaluation_loader(source, *, indices=None, batch=32, workers=0):
     """Batches of every clip once and in order, or of some; broken files are reported and left out."""
     which = range(len(source)) if indices is None else indices
-    how = {"collate_fn": collate, "num_workers": workers}
-    return DataLoader(Ordered(source), batch_size=batch, sampler=which, **how)
+    return DataLoader(
+        Ordered(source),
+        batch_size=batch,
+        sampler=which,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=leave_signals_to_main,
+    )
 
 
 # ---- pictures ----
@@ -887,155 +917,3 @@ def write_video(path, images, *, rate=8, codec=None, options=None):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:height, :width]), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-
-
-# ---- packing a folder, once, for quick reading ----
-
-# MPEG-4 is decoded in half the time of H.264 of the same size and quality, and every FFmpeg can write it.
-# g: a key frame every 8 frames. bf: no B-frames.
-PACKED = {"g": "8", "bf": "0", "qmin": "4", "qmax": "4", "b": "8M", "threads": "1"}
-
-
-def pack_video(source, target, partial, *, side=128, every=1, stop=None):
-    """Write every `every`-th frame of a video to `target`, upright, its shorter side scaled down to `side`.
-
-    The file appears when it is complete; until then it is `partial`. The frame rate is the source's, divided
-    by `every`. stop: an Event that gives up. Raises READ_ERRORS if nothing can be read or written.
-    """
-    with open_video(source) as (container, stream):
-        frames = itertools.islice(all_frames(container, stream), 0, None, every)
-        first = next(frames, None)
-        if first is None:
-            raise ValueError("no frame can be decoded")
-        sizes = first.height, first.width
-        scale = min(1, side / min(sizes))
-        H, W = (max(2, math.ceil(round(size * scale) / 2) * 2) for size in sizes)  # codecs want even sizes
-        if round(first.rotation / 90) % 2:
-            H, W = W, H
-        rate = min(max(frame_rate(stream) / every, 0.1), 1000)
-        rate = Fraction(rate).limit_denominator(min(1001, int(65535 / rate)))  # MPEG-4 counts time in 16 bits
-        reformatter = VideoReformatter()
-
-        def images():
-            for frame in itertools.chain([first], frames):
-                if stop and stop.is_set():
-                    raise InterruptedError("stopped")
-                yield upright_crop(frame, reformatter, H, W, (0.5, 0.5))
-
-        write_video(partial, images(), rate=rate, codec="mpeg4", options=PACKED)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(partial, target)
-
-
-def pack(source, target, *, side=128, every=1, workers=None):
-    """Pack all videos below a folder into another one, by the same names; returns broken ones {path: reason}.
-
-    A file keeps its name to the letter, so that lists of videos stay valid, but holds MP4, whatever the name
-    says: FFmpeg looks at the content. Files that are there already are skipped, so an interrupted run can be
-    repeated. Raises ValueError for folders that must not be mixed.
-    """
-    source, target = Path(source).resolve(), Path(target).resolve()
-    if target.is_relative_to(source):
-        raise ValueError(
-            f"{target} lies in {source}, whose videos would be packed twice; name another folder."
-        )
-    settings = {"source": str(source), "side": side, "every": every}
-    note, partial = target / "pack.json", target / ".partial"
-    if note.exists():
-        if note.read_text(encoding="utf-8") != json.dumps(settings):
-            raise ValueError(f"{target} was packed with other settings ({note}); name another folder.")
-    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and was not packed by this program; name another folder.")
-    target.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(settings), encoding="utf-8")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir()
-
-    broken, stop = {}, threading.Event()
-    todo = [path for path, _ in walk(source)[0] if not (target / path).exists()]
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # FFmpeg works outside of Python's lock
-        jobs = {}
-        for number, path in enumerate(todo):
-            names = source / path, target / path, partial / f"{number}.mp4"
-            jobs[pool.submit(pack_video, *names, side=side, every=every, stop=stop)] = path
-        try:
-            for job in tqdm(as_completed(jobs), "pack videos", len(jobs)):
-                try:
-                    job.result()
-                except READ_ERRORS as error:
-                    broken[jobs[job]] = reason(error)
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            shutil.rmtree(partial, ignore_errors=True)
-    return dict(sorted(broken.items()))
-
-
-def time_reading(places, names, *, pixels=128, clips=60):
-    """Median milliseconds to read a random clip of 16 frames in one process, in each (folder, stride)."""
-    rng, times = np.random.default_rng(0), {place: [] for place in places}
-    for name in rng.choice(names, clips):
-        start, top, left = rng.random(3)
-        for folder, stride in places:
-            how = {"video": (16, pixels, pixels), "stride": stride, "start": start, "crop": (top, left)}
-            begin = time.perf_counter()
-            with contextlib.suppress(*READ_ERRORS):
-                read_clip(Path(folder) / name, **how)
-                times[folder, stride].append(1000 * (time.perf_counter() - begin))
-    return [float(np.median(of)) for of in times.values()]
-
-
-def main(arguments=None):
-    """Pack SRC into DST, if that is given; then say how long the videos of each take to read."""
-    parser = Parser("Pack a folder of videos; time how fast clips are read.")
-    parser.add_argument("source", metavar="SRC", help="folder of videos")
-    parser.add_argument(
-        "target", metavar="DST", nargs="?", help="folder to pack them into, by the same names"
-    )
-    parser.add_argument("--side", type=int, default=128, help="shorter side that larger videos are scaled to")
-    parser.add_argument("--every", type=int, default=1, help="keep every EVERY-th frame only")
-    parser.add_argument(
-        "--stride", type=int, default=4, help="stride to time the reading with, in SRC's frames"
-    )
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="videos packed at a time")
-    args = parser.parse_args(arguments)
-    if not Path(args.source).is_dir():
-        fail(f"{args.source} is not a folder.")
-    if args.side < 16 or args.every < 1 or args.workers < 1:
-        fail("--side must be at least 16, --every and --workers at least 1.")
-    if args.every > 1 and not args.target:
-        fail("--every wants a folder to pack into: python data.py SRC DST --every 4.")
-    if args.stride < 1 or args.stride % args.every:
-        fail(f"--stride {args.stride} must be a multiple of --every {args.every}, 4 and 2 for example.")
-    broken, places = {}, [(args.source, args.stride)]
-    if args.target:
-        try:
-            how = {"side": args.side, "every": args.every, "workers": args.workers}
-            broken = pack(args.source, args.target, **how)
-        except (ValueError, OSError) as error:
-            fail(reason(error))
-        except KeyboardInterrupt:
-            print("\nStopped. The same command goes on from here.", file=sys.stderr)
-            sys.exit(130)
-        places.append((args.target, args.stride // args.every))
-    names = [path for path, _ in walk(Path(places[-1][0]))[0]]
-    if not args.target:
-        counts = zip(names, look_at(Path(args.source), names))
-        broken = {name: count for name, count in counts if isinstance(count, str)}
-    names = [name for name in names if name not in broken and (Path(args.source) / name).exists()]
-    for name, why in broken.items():
-        print(f"broken: {name} ({why})")
-    if not names:
-        fail(f"No videos in {args.source} can be read (looked for {EXTENSIONS.replace('|', ' ')}).")
-    for (folder, stride), ms in zip(places, time_reading(places, names, pixels=args.side)):
-        size = sum((Path(folder) / name).stat().st_size for name in names) / 1e6
-        print(
-            f"{folder}: {len(names)} videos, {size:.1f} MB, {ms:.2f} ms to read a clip at --stride {stride}"
-        )
-    print(
-        f"{len(broken)} broken" + (f"; train with --data {args.target} --stride {stride}" * bool(args.target))
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -8,6 +8,7 @@ import errno
 import faulthandler
 import importlib
 import inspect
+import hashlib
 import itertools
 import json
 import math
@@ -23,13 +24,13 @@ import time
 from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
 import analyze
@@ -64,6 +65,7 @@ def extra(name):
 layerlock, with_layerlock = extra("layerlock")
 pipeline, with_pipeline = extra("pipeline")
 bench, with_bench = extra("bench")
+pack, with_pack = extra("pack")
 
 torch.set_num_threads(1)  # the models below are so small that more threads only wait for each other
 
@@ -498,11 +500,13 @@ def test_one_frame_does_not_show_the_motion_but_a_few_frames_do():
 # ---- data.py: video files ----
 
 
-def write_numbered(path, frames=40, size=(64, 64), rate=25, codec="mpeg4", times=None, **options):
+def write_numbered(
+    path, frames=40, size=(64, 64), rate=25, codec="mpeg4", times=None, coding=None, **options
+):
     """A video whose mean grey level says the frame number: level 5 * number + 10, with a little noise."""
     noise = np.random.default_rng(0).integers(-8, 9, (frames, size[1], size[0], 1))
     with av.open(str(path), "w", **options) as container:
-        stream = container.add_stream(codec, rate=rate)
+        stream = container.add_stream(codec, rate=rate, options=coding)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         stream.gop_size, stream.bit_rate = 12, 2_000_000
         if times is not None:
@@ -526,6 +530,12 @@ def write_sound(path):
         container.mux(stream.encode(None))
 
 
+def every_frame(path):
+    """All frames of a video in display order, as a sequential decode yields them."""
+    with data.open_video(path) as (container, stream):
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+
+
 def frame_numbers(clip):
     return [round((float(frame.mean()) - 10) / 5) for frame in clip]
 
@@ -542,85 +552,101 @@ def test_a_clip_holds_every_stride_th_frame_from_its_start(tmp_path, name):
     assert frame_numbers(read_clip(path, video=(16, 32, 32), stride=2, start=1.0))[0] <= 8
 
 
-@pytest.mark.skipif("libx264" not in av.codecs_available, reason="this FFmpeg cannot write H.264")
-def test_frames_that_are_left_undecoded_change_nothing(tmp_path, monkeypatch):
-    options, wave = {"bf": "3", "g": "250", "b_strategy": "0"}, np.sin(np.arange(64) / 9)
-    images = [np.outer(wave, np.roll(wave, n))[..., None].repeat(3, 2) * 60 + 100 + n for n in range(60)]
-    images = np.stack(images).astype(np.uint8)
-    data.write_video(tmp_path / "b.mp4", images, rate=25, codec="libx264", options=options)
-    with data.open_video(tmp_path / "b.mp4") as (container, stream):
-        every = [
-            data.upright_crop(f, VideoReformatter(), 32, 32, (0.5, 0.5)) for f in container.decode(stream)
-        ]
-    quick, plain = data.decode_needed, data.decode
-    used = []
-
-    def noted(*arguments, **how):
-        used.append(len(found := quick(*arguments, **how)) > 0)
-        return found
-
-    for stride, start in itertools.product((1, 2, 4, 5), (0.0, 0.31, 0.77, 1.0)):
-        how = {"video": (8, 32, 32), "stride": stride, "start": start}
-        monkeypatch.setattr(data, "decode_needed", noted)
-        clip = read_clip(tmp_path / "b.mp4", **how)
-        monkeypatch.setattr(data, "decode_needed", plain)
-        assert np.array_equal(clip, read_clip(tmp_path / "b.mp4", **how))
-        first = next(i for i, frame in enumerate(every) if np.array_equal(frame, clip[0]))
-        assert np.array_equal(clip, np.stack(every[first::stride][:8]))
-    assert sum(used) >= 12
+B_FRAMES = {  # how to encode: a key frame every 12 frames, two B-frames between others
+    "mpeg4": {"bf": "2", "b_strategy": "0", "sc_threshold": "1000000000"},
+    "mpeg2video": {"bf": "2", "b_strategy": "0", "sc_threshold": "1000000000"},
+    "libx264": {"bf": "2", "b-adapt": "0", "sc_threshold": "0", "x264-params": "open-gop=1:keyint=12"},
+}
 
 
-def test_a_packed_folder_has_the_same_names_and_frames(tmp_path, capsys):
-    source, target, fourth = (tmp_path / name for name in ("source", "packed", "fourth"))
-    (source / "a b").mkdir(parents=True)
-    for name in ("a b/ü.mp4", "c.avi", "c.mkv"):
-        write_numbered(source / name, size=(96, 64))
-    (source / "bad.mp4").write_bytes(b"no video")
-    arguments = [str(source), str(target), "--side", "32", "--workers", "2"]
-    data.main(arguments)
-    assert "broken: bad.mp4" in capsys.readouterr().out
-    assert sorted(p.relative_to(target).as_posix() for p in target.rglob("*.*")) == [
-        "a b/ü.mp4",
-        "c.avi",
-        "c.mkv",
-        "pack.json",
-    ]
-    with data.open_video(target / "c.avi") as (container, stream):
-        assert (stream.width, stream.height, stream.frames) == (48, 32, 40)
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        keys = [number for number, packet in enumerate(packets) if packet.is_keyframe]
-        assert np.diff([*keys, 40]).max() <= 8 and not stream.codec_context.has_b_frames
-    data.main([str(source), str(fourth), "--side", "32", "--every", "4"])
-    expected = frame_numbers(read_clip(source / "c.avi", video=(8, 32, 32), stride=4, start=0.0))
-    for folder, stride in ((target, 4), (fourth, 1)):  # to one frame: the copy's grey levels are a little off
-        numbers = frame_numbers(read_clip(folder / "c.avi", video=(8, 32, 32), stride=stride, start=0.0))
-        assert np.abs(np.subtract(numbers, expected)).max() <= 1
-
-    before = (target / "c.avi").stat().st_mtime_ns
-    (target / "c.mkv").unlink()  # as if the run had been stopped before it
-    data.main(arguments)
-    assert (target / "c.mkv").exists() and (target / "c.avi").stat().st_mtime_ns == before
+def copy_packets(source, path, change):
+    """Copy a video without decoding it; change() makes a list of (bytes, is key frame) from such a list."""
+    with av.open(str(source)) as container, av.open(str(path), "w") as copy:
+        video = container.streams.video[0]
+        stream = copy.add_stream_from_template(video)
+        packets = [packet for packet in container.demux(video) if packet.size]
+        changed = change([(bytes(packet), packet.is_keyframe) for packet in packets])
+        for packet, (raw, is_key) in zip(packets, changed, strict=True):
+            new = av.Packet(raw)
+            new.stream, new.time_base, new.pts, new.dts = stream, packet.time_base, packet.pts, packet.dts
+            new.is_keyframe = is_key
+            copy.mux(new)
+    return path
 
 
-def test_packing_refuses_to_mix_folders(tmp_path, capsys):
-    source = tmp_path / "source"
-    source.mkdir()
-    write_numbered(source / "a.mp4")
-    data.main([str(source), str(tmp_path / "packed")])
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").touch()
-    for arguments, sentence in [
-        ([source, source / "packed"], "packed twice"),
-        ([source, tmp_path / "packed", "--side", "64"], "other settings"),
-        ([source, tmp_path / "full"], "was not packed by this program"),
-        ([tmp_path / "none"], "is not a folder"),
-        ([source, tmp_path / "new", "--every", "3"], "must be a multiple of --every 3"),
+def share_packets(packets):
+    """Each B-frame of MPEG-4 into the packet of the frame before it, as DivX and XviD do for AVI."""
+    shared = []
+    for raw, is_key in packets:
+        at = raw.index(b"\0\0\1\xb6")  # a frame begins, and says of which kind it is
+        if raw[at + 4] >> 6 == 2:
+            shared[-1] = (shared[-1][0] + raw, shared[-1][1])
+            shared.append((b"\0\0\1\xb6\x50\x00\x7f", False))  # a frame like the last, to hold the place
+        else:
+            shared.append((raw[:at] + b"\0\0\1\xb2DivX503b1393p" * is_key + raw[at:], is_key))
+    return shared
+
+
+def check_frames(path, late=3):
+    """Clips of a numbered video at strides 1, 2, 4: frames `stride` apart, from nearly the right place on."""
+    for stride, start in itertools.product((1, 2, 4), (0.0, 0.2, 0.31, 0.5, 0.66, 0.77, 0.9, 1.0)):
+        numbers = frame_numbers(read_clip(path, video=(8, 32, 32), stride=stride, start=start))
+        assert numbers == [numbers[0] + stride * i for i in range(8)], (path.name, stride, start)
+        assert abs(numbers[0] - start * (40 - 8 * stride)) <= late
+
+
+@pytest.mark.parametrize("codec", B_FRAMES)
+@pytest.mark.parametrize("format", ["avi", "mp4", "mkv", "ts"])
+def test_frames_between_others_come_in_their_order(tmp_path, codec, format):
+    if codec not in av.codecs_available:
+        pytest.skip(f"this FFmpeg cannot write {codec}")
+    check_frames(write_numbered(tmp_path / f"a.{format}", codec=codec, coding=B_FRAMES[codec]))
+
+
+def test_avi_with_two_frames_in_a_packet_is_read_in_order(tmp_path):
+    path = write_numbered(tmp_path / "plain.avi", coding=B_FRAMES["mpeg4"] | {"bf": "1"})
+    check_frames(copy_packets(path, tmp_path / "shared.avi", share_packets))
+
+
+@pytest.mark.parametrize("codec", B_FRAMES)
+def test_an_index_that_takes_any_frame_for_a_key_frame_is_found_out(tmp_path, codec):
+    if codec not in av.codecs_available:
+        pytest.skip(f"this FFmpeg cannot write {codec}")
+    path = write_numbered(tmp_path / "right.mov", codec=codec, coding=B_FRAMES[codec])
+    check_frames(
+        copy_packets(path, tmp_path / "wrong.mov", lambda packets: [(raw, True) for raw, _ in packets])
+    )
+
+
+def test_frames_after_a_seek_are_used_only_where_they_can_be_right(tmp_path, monkeypatch):
+    path = write_numbered(tmp_path / "a.mp4")
+    for (
+        shown,
+        used,
+    ) in [  # (time, is a key frame, is damaged) of decoded frames; times that are used from 1.0 on
+        ([(0.92, 0, 0), (0.96, 1, 0), (1.0, 0, 0), (1.08, 0, 0), (0.96, 0, 0)], [1.0, 1.08, 0.96]),
+        ([(1.0, 0, 0), (1.04, 1, 0), (1.08, 0, 0)], []),  # the key frame shows too late
+        ([(0.96, 0, 0), (1.0, 0, 0)], []),  # no key frame
+        ([(0.96, 1, 1), (1.0, 0, 0)], []),
+        ([(0.96, 1, 0), (1.0, 0, 0), (1.04, 0, 1), (1.08, 0, 0)], [1.0]),
+        ([(None, 1, 0), (1.0, 0, 0)], []),
     ]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            data.main([*map(str, arguments)])
-        error = capsys.readouterr().err
-        assert end.value.code == 2 and sentence in error and len(error.splitlines()) == 1
+        frames = [SimpleNamespace(time=time, key_frame=k, is_corrupt=c) for time, k, c in shown]
+        monkeypatch.setattr(data, "all_frames", lambda container, stream, frames=frames: frames)
+        with data.open_video(path) as (container, stream):
+            assert [frame.time for frame in data.frames_from(container, stream, 1.0, back=0)] == used
+
+
+def test_no_clip_leads_across_damage(tmp_path):
+    path = write_numbered(tmp_path / "good.mp4", coding=B_FRAMES["mpeg4"] | {"bf": "0", "g": "40"})
+
+    def spoil(packets):
+        return [(b"\0\0\1\xb0" if i == 20 else raw, is_key) for i, (raw, is_key) in enumerate(packets)]
+
+    bad = copy_packets(path, tmp_path / "bad.mp4", spoil)
+    for start in (0.0, 0.5, 1.0):
+        numbers = frame_numbers(read_clip(bad, video=(4, 32, 32), stride=3, start=start))
+        assert numbers == [numbers[0] + 3 * i for i in range(4)] and numbers[-1] < 20
 
 
 def mutated(raw, rng):
@@ -749,27 +775,6 @@ def test_two_thousand_reads_and_ten_thousand_files_leave_no_file_or_thread_open(
     assert count() == before
 
 
-def test_a_packing_that_is_killed_goes_on_and_ends_the_same(tmp_path):
-    source, whole, parts = (tmp_path / name for name in ("source", "whole", "parts"))
-    source.mkdir()
-    raw = write_numbered(source / "0.mp4", size=(160, 120)).read_bytes()
-    for number in range(1, 24):
-        (source / f"{number}.mp4").write_bytes(raw)
-    command = [sys.executable, data.__file__, str(source), str(parts), "--workers", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(list(parts.glob("*.mp4"))) < 3:
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-    assert 3 <= len(list(parts.glob("*.mp4"))) < 24
-    assert all(data.count_or_reason(path) == 40 for path in parts.glob("*.mp4"))  # none is torn
-    data.pack(source, whole)
-    data.pack(source, parts)
-    packed = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (whole, parts)]
-    assert packed[0] == packed[1] and len(packed[0]) == 24 + 1  # with pack.json, without .partial
-
-
 def test_a_file_without_duration_is_read_from_a_random_place_too(tmp_path):
     path = write_numbered(tmp_path / "raw.m4v", format="m4v")
     with av.open(str(path)) as container:
@@ -876,10 +881,76 @@ def test_a_file_that_ends_early_is_used_from_its_beginning(tmp_path):
     (tmp_path / "cut.avi").write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     numbers = frame_numbers(read_clip(tmp_path / "cut.avi", video=(4, 32, 32), stride=4, start=1.0))
     assert np.all(np.diff(numbers) == 4)
-    with pytest.raises(ValueError, match="earlier than its header says"):
+    with pytest.raises(data.TooShort, match="earlier than its header says") as short:
         read_clip(tmp_path / "cut.avi", video=(16, 32, 32), stride=3, short="drop")
+    assert short.value.frames == len({*range(48)} & {*frame_numbers(every_frame(tmp_path / "cut.avi"))})
     padded = frame_numbers(read_clip(tmp_path / "cut.avi", video=(16, 32, 32), stride=3, short="repeat"))
     assert padded[-1] == padded[-2] > padded[0]
+
+
+def test_files_that_reading_finds_too_short_are_dropped_not_broken(folder):
+    whole = write_numbered(folder / "whole.avi", frames=48).read_bytes()
+    (folder / "whole.avi").unlink()
+    for number in range(
+        5
+    ):  # a quarter of the header's 48 frames are missing; 5 of 25 would be too many broken
+        (folder / "walk" / f"cut {number}.avi").write_bytes(whole[: len(whole) * 3 // 4])
+    videos = Videos(folder, video=(10, 16, 16), stride=4)
+    names = {f"walk/cut {number}.avi" for number in range(5)}
+    assert len(videos) == 25 and not videos.dropped
+    alone, helped = (list(loader(videos, batch=25, last=1, workers=workers)) for workers in (0, 2))
+    assert torch.equal(alone[0]["video"], helped[0]["video"]) and len(alone[0]["index"]) == 25
+    frames = alone[0]["broken"]["walk/cut 0.avi"]
+    assert alone[0]["broken"] == dict.fromkeys(names, frames) == helped[0]["broken"] and 30 < frames < 40
+    new = videos.check_broken(alone[0]["broken"])
+    assert new == dict.fromkeys(names, f"too short: {frames} frames")
+    assert videos.dropped == dict.fromkeys(names, frames) and not videos.broken
+    for batch in data.evaluation_loader(videos):
+        assert videos.check_broken(batch["broken"]) == {} and len(batch["index"]) == 20
+    cut = Videos(folder / "walk", list_file=named(folder, "cut 1.avi"), video=(10, 16, 16), stride=4)
+    with pytest.raises(ValueError, match="All 1 videos .* fewer than .* --stride 3 would fit the longest"):
+        cut.check_broken(next(iter(loader(cut, batch=2, last=1)))["broken"])
+
+
+def named(folder, *names):
+    """A list file that names some videos."""
+    (folder / "list.txt").write_text("\n".join(names))
+    return folder / "list.txt"
+
+
+def test_names_that_are_no_text_are_used_and_can_be_printed(tmp_path, capsys):
+    folder, raw = tmp_path / "odd", write_numbered(tmp_path / "good.mp4").read_bytes()
+    (folder / os.fsdecode(b"caf\xe9")).mkdir(parents=True)
+    for name in (b"caf\xe9/\xff\xfe.mp4", b"caf\xe9/two\nlines.mp4", "ordinary ü.mp4".encode()):
+        (folder / os.fsdecode(name)).write_bytes(raw)
+    (folder / os.fsdecode(b"bad\xff.mp4")).write_bytes(b"garbage")
+    videos = Videos(folder, video=(4, 16, 16))
+    names = [videos.name(index) for index in range(3)]
+    assert names == ["caf\\udce9/two\\nlines.mp4", "caf\\udce9/\\udcff\\udcfe.mp4", "ordinary ü.mp4"]
+    assert list(videos.broken) == ["bad\\udcff.mp4"] and videos.classes == ("caf\\udce9", "odd")
+    print(names, videos.broken, videos.classes, videos.fingerprint)
+    assert all(videos.read(index).shape == (4, 16, 16, 3) for index in range(3))
+    (tmp_path / "list.txt").write_bytes(b"caf\xe9/\xff\xfe.mp4 na\xefve\n")
+    listed = Videos(folder, list_file=tmp_path / "list.txt", video=(4, 16, 16))
+    assert listed.classes == ("na\\udcefve",) and listed.read(0).shape == (4, 16, 16, 3)
+    (tmp_path / "list.txt").write_text("ordinary ü.mp4", encoding="utf-16")
+    with pytest.raises(ValueError, match="no text in UTF-8"):
+        Videos(folder, list_file=tmp_path / "list.txt")
+    ordinary = Videos(folder, list_file=named(tmp_path, "ordinary ü.mp4"), video=(4, 16, 16))
+    assert ordinary.fingerprint == hashlib.sha256("ordinary ü.mp4".encode()).hexdigest()
+
+
+def test_links_to_folders_are_followed_once(folder, tmp_path):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    write_numbered(tmp_path / "elsewhere" / "deep" / "far.mp4")
+    (folder / "jump").symlink_to(tmp_path / "elsewhere")
+    (folder / "aaa").symlink_to(folder / "walk")  # known by its own name
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    (folder / "walk" / "loop").symlink_to(".")
+    entries, classes = data.walk(folder)
+    assert len(entries) == 21 and ("jump/deep/far.mp4", "deep") in entries
+    assert classes == ("deep", "Run", "walk")
+    assert Videos(folder, video=(4, 16, 16)).read(20).shape == (4, 16, 16, 3)
 
 
 def test_broken_files_are_named_counted_and_skipped(folder):
@@ -910,8 +981,9 @@ def test_sound_and_folders_are_not_videos(tmp_path):
     (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(ValueError, match="No videos in"):
         Videos(tmp_path)
-    with pytest.raises(ValueError, match="is not a folder"):
-        Videos(tmp_path / "nowhere")
+    for nothing in (tmp_path / "nowhere", "", tmp_path / "sound.wav"):
+        with pytest.raises(ValueError, match="is not a folder"):
+            Videos(nothing)
 
 
 def test_a_file_that_breaks_later_is_replaced_and_reported_once(folder):
@@ -947,6 +1019,26 @@ def test_every_clip_comes_once_in_every_epoch():
     order = [index for batch in loader(source, batch=4, last=6) for index in batch["index"]]
     epochs = [order[:12], order[12:]]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12)) and epochs[0] != epochs[1]
+
+
+def test_numbers_on_a_command_line_are_checked_in_one_place(capsys):
+    for text, settings, sentence in [
+        ("0", {"least": 1}, "0 must be an integer, at least 1"),
+        ("1.5", {}, "'1.5' must be an integer"),
+        ("9" * 400, {"most": 100}, "9 must be an integer, at most 100"),
+        ("inf", {"kind": float, "least": 0}, "inf must be a finite number, at least 0"),
+        ("nan", {"kind": float}, "nan must be a finite number"),
+        ("1", {"kind": float, "above": 0, "below": 1}, "1 must be a finite number, more than 0, below 1"),
+    ]:
+        parser = data.Parser("")
+        parser.add_argument("--x", type=data.number(**settings))
+        with pytest.raises(SystemExit) as end:
+            parser.parse_args(["--x", text])
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and sentence in error and len(error.splitlines()) == 1
+    parser = data.Parser("")
+    parser.add_argument("--x", type=data.number(float, above=0))
+    assert parser.parse_args(["--x", "1e-4"]).x == 1e-4
 
 
 # ---- train.py ----
@@ -2203,6 +2295,118 @@ def test_the_summed_loss_of_the_benchmark_is_the_tests_own():
     model = toy(blocks=4)
     batch = (clips(), *masks(model))
     assert torch.equal(bench.summed_loss(model, *batch), summed_loss(model, *batch))
+# ---- pack.py ----
+
+
+@with_pack
+def test_a_packed_folder_has_the_same_names_and_frames(tmp_path, capsys):
+    source, target, fourth = (tmp_path / name for name in ("source", "packed", "fourth"))
+    (source / "a b").mkdir(parents=True)
+    for name in ("a b/ü.mp4", "c.avi", "c.mkv"):
+        write_numbered(source / name, size=(96, 64))
+    (source / "bad.mp4").write_bytes(b"no video")
+    arguments = [str(source), str(target), "--side", "32", "--workers", "2"]
+    pack.main(arguments)
+    assert "broken: bad.mp4" in capsys.readouterr().out
+    assert sorted(p.relative_to(target).as_posix() for p in target.rglob("*.*")) == [
+        "a b/ü.mp4",
+        "c.avi",
+        "c.mkv",
+        "pack.json",
+    ]
+    with data.open_video(target / "c.avi") as (container, stream):
+        assert (stream.width, stream.height, stream.frames) == (48, 32, 40)
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        keys = [number for number, packet in enumerate(packets) if packet.is_keyframe]
+        assert np.diff([*keys, 40]).max() <= 8 and not stream.codec_context.has_b_frames
+    pack.main([str(source), str(fourth), "--side", "32", "--every", "4"])
+    expected = frame_numbers(read_clip(source / "c.avi", video=(8, 32, 32), stride=4, start=0.0))
+    for folder, stride in ((target, 4), (fourth, 1)):  # to one frame: the copy's grey levels are a little off
+        numbers = frame_numbers(read_clip(folder / "c.avi", video=(8, 32, 32), stride=stride, start=0.0))
+        assert np.abs(np.subtract(numbers, expected)).max() <= 1
+
+    before = (target / "c.avi").stat().st_mtime_ns
+    (target / "c.mkv").unlink()  # as if the run had been stopped before it
+    pack.main(arguments)
+    assert (target / "c.mkv").exists() and (target / "c.avi").stat().st_mtime_ns == before
+
+
+@with_pack
+def test_packing_refuses_what_cannot_work_before_the_work(tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    write_numbered(source / "a.mp4")
+    pack.main([str(source), str(tmp_path / "packed")])
+    for name in ("full", "broken"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    (tmp_path / "broken" / "a.mp4").write_bytes(b"garbage")
+    for arguments, sentence in [
+        ([source, source / "packed"], "packed twice"),
+        ([source, tmp_path / "packed", "--side", "64"], "other settings"),
+        ([source, tmp_path / "full"], "was not packed by this program"),
+        ([source, source / "a.mp4" / "packed"], "packed twice"),
+        ([source, tmp_path / "full" / "mine.txt"], "mine.txt cannot be written"),
+        ([source, tmp_path / "full" / "mine.txt" / "packed"], "packed cannot be written"),
+        ([source, ""], "DST is an empty name"),
+        ([tmp_path / "none"], "is not a folder"),
+        ([""], "'' is not a folder"),
+        ([source, "--every", "2"], "wants a folder"),
+        ([source, tmp_path / "new", "--every", "3"], "must be a multiple of --every 3"),
+        ([source, "--stride", "0"], "0 must be an integer, at least 1"),
+        ([source, "--side", "8"], "at least 16"),
+    ]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end, data.program():
+            pack.main([*map(str, arguments)])
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and sentence in error and len(error.splitlines()) == 1
+    for target in ([], [str(tmp_path / "none")]):
+        with pytest.raises(SystemExit), data.program():
+            pack.main([str(tmp_path / "broken"), *target])
+        output = capsys.readouterr()
+        assert "broken: a.mp4 (Invalid data" in output.out and "can be read" in output.err.splitlines()[-1]
+
+
+@with_pack
+def test_ctrl_c_ends_packing_without_a_traceback(tmp_path):
+    (tmp_path / "source").mkdir()
+    raw = write_numbered(tmp_path / "source" / "0.mp4", size=(320, 240)).read_bytes()
+    for number in range(1, 60):
+        (tmp_path / "source" / f"{number}.mp4").write_bytes(raw)
+    command = [sys.executable, pack.__file__, str(tmp_path / "source"), str(tmp_path / "packed")]
+    process = subprocess.Popen(
+        [*command, "--workers", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not list((tmp_path / "packed").glob("*.mp4")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and "goes on from here" in error and "Traceback" not in error
+    assert not (tmp_path / "packed" / ".partial").exists()
+
+
+@with_pack
+def test_a_packing_that_is_killed_goes_on_and_ends_the_same(tmp_path):
+    source, whole, parts = (tmp_path / name for name in ("source", "whole", "parts"))
+    source.mkdir()
+    raw = write_numbered(source / "0.mp4", size=(160, 120)).read_bytes()
+    for number in range(1, 24):
+        (source / f"{number}.mp4").write_bytes(raw)
+    command = [sys.executable, pack.__file__, str(source), str(parts), "--workers", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(parts.glob("*.mp4"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert 3 <= len(list(parts.glob("*.mp4"))) < 24
+    assert all(data.count_or_reason(path) == 40 for path in parts.glob("*.mp4"))  # none is torn
+    pack.pack(source, whole)
+    pack.pack(source, parts)
+    packed = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (whole, parts)]
+    assert packed[0] == packed[1] and len(packed[0]) == 24 + 1  # with pack.json, without .partial
 
 
 # ---- README.md ----

@@ -1,0 +1,200 @@
+"""Small copies of a folder of videos, so that clips are read several times as fast.
+
+    python pack.py SRC DST      # once; then train with --data DST
+    python pack.py SRC          # only say how fast clips are read
+
+A copy keeps its name to the letter, so that lists of videos stay valid, but holds MP4, whatever the name says:
+FFmpeg looks at the content. An interrupted run goes on where it was.
+"""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from tqdm import tqdm
+
+import data
+from data import READ_ERRORS, Parser, number, printable, reason
+
+# MPEG-4 is decoded in half the time of H.264 of the same size and quality, and every FFmpeg can write it.
+# g: a key frame every 8 frames. bf: no B-frames.
+CODEC = {"g": "8", "bf": "0", "qmin": "4", "qmax": "4", "b": "8M", "threads": "1"}
+
+
+def pack_video(source, target, partial, *, side=128, every=1, stop=None):
+    """Write every `every`-th frame of a video to `target`, upright, its shorter side scaled down to `side`.
+
+    The file appears when it is complete; until then it is `partial`. The frame rate is the source's, divided
+    by `every`. stop: an Event that gives up. Raises READ_ERRORS if nothing can be read or written.
+    """
+    with data.open_video(source) as (container, stream):
+        frames = itertools.islice(data.all_frames(container, stream, limit=False), 0, None, every)
+        first = next(frames, None)
+        if first is None:
+            raise ValueError("no frame can be decoded")
+        scale = min(1, side / min(first.height, first.width))
+        H, W = (max(2, math.ceil(round(size * scale) / 2) * 2) for size in (first.height, first.width))
+        if round(first.rotation / 90) % 2:
+            H, W = W, H
+        rate = min(max(data.frame_rate(stream) / every, 0.1), 1000)
+        rate = Fraction(rate).limit_denominator(min(1001, int(65535 / rate)))  # MPEG-4 counts time in 16 bits
+        reformatter = VideoReformatter()
+
+        def images():
+            for frame in itertools.chain([first], frames):
+                if stop and stop.is_set():
+                    raise InterruptedError("stopped")
+                yield data.upright_crop(frame, reformatter, H, W, (0.5, 0.5))
+
+        data.write_video(partial, images(), rate=rate, codec="mpeg4", options=CODEC)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(partial, target)
+
+
+def pack(source, target, *, side=128, every=1, workers=None):
+    """Pack all videos below a folder into another one, by the same names; returns broken ones {path: reason}.
+
+    Files that are there already are skipped, so an interrupted run can be repeated. Raises ValueError for
+    folders that must not be mixed, or that cannot be written.
+    """
+    source, target = Path(source).resolve(), Path(target).resolve()
+    if target.is_relative_to(source):
+        raise ValueError(
+            f"{target} lies in {source}, whose videos would be packed twice; name another folder."
+        )
+    settings = json.dumps({"source": str(source), "side": side, "every": every})
+    note, partial = target / "pack.json", target / ".partial"
+    data.check_output(target, folder=True)
+    if note.exists():
+        if note.read_text(encoding="utf-8") != settings:
+            raise ValueError(f"{target} was packed with other settings ({note}); name another folder.")
+    elif any(target.iterdir()):
+        raise ValueError(f"{target} exists and was not packed by this program; name another folder.")
+    note.write_text(settings, encoding="utf-8")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir()
+
+    broken, stop, jobs = {}, threading.Event(), {}
+    todo = [path for path, _ in data.walk(source)[0] if not (target / path).exists()]
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # FFmpeg works outside of Python's lock
+        try:
+            for job_number, path in enumerate(todo):
+                copy = partial / f"{job_number}.mp4"
+                job = pool.submit(
+                    pack_video, source / path, target / path, copy, side=side, every=every, stop=stop
+                )
+                jobs[job] = path
+            for job in tqdm(as_completed(jobs), "pack videos", len(jobs)):
+                try:
+                    job.result()
+                except READ_ERRORS as error:
+                    broken[jobs[job]] = reason(error)
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            shutil.rmtree(partial, ignore_errors=True)
+    return dict(sorted(broken.items()))
+
+
+def time_reading(places, names, *, pixels=128, clips=60):
+    """Median milliseconds to read a random clip of 16 frames in one process, in each (folder, stride).
+
+    None for a folder where no clip can be read.
+    """
+    rng, times = np.random.default_rng(0), {place: [] for place in places}
+    for name in rng.choice(names, clips):
+        start, top, left = rng.random(3)
+        for folder, stride in places:
+            begin = time.perf_counter()
+            try:
+                data.read_clip(
+                    Path(folder) / name,
+                    video=(16, pixels, pixels),
+                    stride=stride,
+                    start=start,
+                    crop=(top, left),
+                )
+            except READ_ERRORS:
+                continue
+            times[folder, stride].append(1000 * (time.perf_counter() - begin))
+    return [float(np.median(found)) if found else None for found in times.values()]
+
+
+def flags():
+    """The command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("source", metavar="SRC", help="folder of videos")
+    parser.add_argument("target", metavar="DST", nargs="?", help="folder for the copies, by the same names")
+    parser.add_argument(
+        "--side", type=number(least=16), default=128, help="shorter side that larger videos are scaled to"
+    )
+    parser.add_argument(
+        "--every",
+        type=number(least=1),
+        default=1,
+        help="keep every EVERY-th frame only; then train on the copies with as much less --stride",
+    )
+    parser.add_argument(
+        "--stride", type=number(least=1), default=4, help="stride to time the reading with, in SRC's frames"
+    )
+    parser.add_argument(
+        "--workers", type=number(least=1), default=os.cpu_count(), help="videos packed at a time"
+    )
+    return parser
+
+
+def main(arguments=None):
+    """Pack SRC into DST, if that is given; then say how long the videos of each take to read."""
+    args = flags().parse_args(arguments)
+    source, broken, places = Path(args.source), {}, [(args.source, args.stride)]
+    if not args.source or not source.is_dir():
+        raise ValueError(f"{args.source!r} is not a folder; SRC is the folder that your videos are in.")
+    if args.target == "":
+        raise ValueError("DST is an empty name; name the folder for the copies, or leave it out.")
+    if args.every > 1 and not args.target:
+        raise ValueError("--every wants a folder for the copies: python pack.py SRC DST --every 4.")
+    if args.stride % args.every:
+        raise ValueError(f"--stride {args.stride} must be a multiple of --every {args.every}, as 4 is of 2.")
+    if args.target:
+        try:
+            broken = pack(source, args.target, side=args.side, every=args.every, workers=args.workers)
+        except KeyboardInterrupt:
+            print("\nStopped. The same command goes on from here.", file=sys.stderr)
+            raise
+        places.append((args.target, args.stride // args.every))
+        names = [path for path, _ in data.walk(Path(args.target))[0] if (source / path).exists()]
+    else:
+        names = [path for path, _ in data.walk(source)[0]]
+        counts = dict(zip(names, data.look_at(source, names)))
+        broken = {path: why for path, why in counts.items() if isinstance(why, str)}
+        names = [path for path in names if path not in broken]
+    for path, why in broken.items():
+        print(f"broken: {printable(path)} ({why})")
+    times = time_reading(places, names, pixels=args.side) if names else [None]
+    if None in times:
+        raise ValueError(
+            f"No videos in {args.source} can be read (looked for {data.EXTENSIONS.replace('|', ' ')})."
+        )
+    for (folder, stride), ms in zip(places, times):
+        size = sum((Path(folder) / path).stat().st_size for path in names) / 1e6
+        print(
+            f"{printable(folder)}: {len(names)} videos, {size:.1f} MB, {ms:.2f} ms to read a clip at --stride {stride}"
+        )
+    print(f"{len(broken)} broken")
+    if args.target:
+        print(f"Train with --data {printable(args.target)} --stride {stride}")
+
+
+if __name__ == "__main__":
+    with data.program():
+        main()
