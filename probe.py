@@ -210,17 +210,18 @@ def extract(models, source, *, indices=None, batch=32, workers=0, device="cpu", 
 
 
 def score(x, targets, folds, *, k=20):
-    """All scores of one set of features x (n, D): {name: [value of each of the L targets]}.
+    """All scores of one set of features x (n, D): ({name: [value of each of the L targets]}, correct).
 
     targets: (n, L). folds: [(train indices, test indices)]; accuracies are means over the folds. Retrieval is
     among the test clips of all folds. "all" is one value: the share of test clips with every target right.
+    correct: as in probe_accuracy().
     """
     found, correct = probe_accuracy(x, targets, folds)
     near = [(knn(x[train], targets[train], x[test], k=k) == targets[test]).double() for train, test in folds]
     found["knn"] = torch.stack([part.mean(dim=0) for part in near]).mean(dim=0).tolist()
     found["all"] = [float(correct.all(axis=0).mean())]
     tested = torch.cat([test for _, test in folds])
-    return found | retrieval(x[tested], targets[tested])
+    return found | retrieval(x[tested], targets[tested]), correct
 
 
 def probe_accuracy(x, targets, folds):
@@ -497,7 +498,7 @@ def probe(args):
     folds = split(targets, labels, sizes)
     groups, scores = {run.title: run.group for run in runs}, defaultdict(list)
     for (title, name), x in tqdm(features.items(), "probes", leave=False):
-        scores[f"{groups.get(title, title)} {name}"].append(score(x, targets, folds, k=args.k))
+        scores[f"{groups.get(title, title)} {name}"].append(score(x, targets, folds, k=args.k)[0])
     print_scores(args, scores, chance(targets, folds), folds, list(labels))
 
 
