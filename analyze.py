@@ -332,10 +332,10 @@ def student_t(probability, freedom):
     """
     if math.isnan(freedom):
         return math.nan
-    freedom = min(freedom, 1e4)  # from there on it is normal
-    angle = (np.arange(200_000) + 0.5) / 200_000 * math.pi - math.pi / 2
-    below = (np.cos(angle) ** (freedom - 1)).cumsum()
-    return math.sqrt(freedom) * math.tan(np.interp(probability, below / below[-1], angle))
+    freedom, steps = min(freedom, 1e3), 2000  # above 1000 it is normal
+    angle = np.arange(steps + 1) / steps * math.pi - math.pi / 2
+    below = np.cumsum(np.cos((angle[1:] + angle[:-1]) / 2) ** (freedom - 1))
+    return math.sqrt(freedom) * math.tan(np.interp(probability * below[-1], below, angle[1:]))
 
 
 def mean_of(samples, value):
@@ -415,16 +415,30 @@ def lead_of(a, b, name):
     return (lead, 0.0, math.inf), f"{name}, block 1: {b.name} has {describe(lead)} more than {a.name}"
 
 
-def saturation(group):
-    """[((Estimate, low, high), words)]: what the last block gains, and the CKA of it and the one before."""
-    last = difference(group, group, "accuracy", -1, -2)
-    share = last.over(difference(group, group.untrained, "accuracy"))
-    cka = group.values("linear CKA")[:, -2, -1]
-    cka = mean_of([cka], float(cka.mean()))
-    gains = f"{group.name}: the last block gains {describe(last, scale=100)} points, {describe(share, ' %', 100)} of all"
+def saturation(groups):
+    """[((Estimate, low, high), words)]: what the last block gains, and its linear CKA with the block before.
+
+    Each is one number, the mean over the groups, and compares two blocks of the same run.
+    """
+    if not groups:
+        return []
+    by_run, by_clip, similar, words = [], [], [], []
+    for g in groups:
+        gain = difference(g, g.untrained, "accuracy")
+        unit = Estimate(1.0, 0.0, 1.0).over(gain).value / len(groups)  # nan if training gains nothing
+        steps, cka = np.diff(g.values("accuracy")[:, -2:]), g.values("linear CKA")[:, -2, -1]
+        by_run.append(unit * steps.flatten())
+        by_clip.append(
+            unit * np.mean([np.diff(clips["accuracy"][-2:], axis=0)[0] for clips in g.by_clip], axis=0)
+        )
+        similar.append(cka / len(groups))
+        words.append(f"{g.name} {100 * steps.mean():+.2f} points, CKA {cka.mean():.3f}")
+    share = mean_of([*by_run, sum(by_clip)], float(sum(map(np.mean, by_run))))
+    cka = mean_of(similar, float(sum(map(np.mean, similar))))
+    gains = f"the last block gains, of what training gains, {describe(share, ' %', 100)}: {'; '.join(words)}"
     return [
         ((share, -NO_GAIN, NO_GAIN), gains),
-        ((cka, CKA_SATURATED, math.inf), f"{group.name}: linear CKA with the block before {describe(cka)}"),
+        ((cka, CKA_SATURATED, math.inf), f"its linear CKA with the block before is {describe(cka)}"),
     ]
 
 
@@ -447,7 +461,7 @@ def claims(groups):
         "C1 blockwise training ends close to end-to-end": [loss_of(a, b, "accuracy") for a, b in ends],
         "C2 sequential is like simultaneous": [loss_of(a, b, "accuracy", low=-CLOSE) for a, b in orders],
         "C3 high-level targets are decodable earlier": [lead_of(a, b, n) for n in high for a, b in starts],
-        "C4 late blocks saturate": [part for g in blockwise if g.K > 1 for part in saturation(g)],
+        "C4 late blocks saturate": saturation([g for g in blockwise if g.K > 1]),
         "C5 low-level targets lose little": [loss_of(a, b, n) for n in low for a, b in ends],
         "C6 tokens mix earlier": [
             lead_of(a, b, n) for n in ("patch similarity", "OccDrop") for a, b in starts

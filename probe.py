@@ -75,7 +75,7 @@ def logistic_probe(train_x, train_y, test_x, *, C=1.0):
     V = torch.zeros_like(scale)  # (classes present of all targets, D + 1)
     columns = x.T.contiguous()  # twice as fast as x.T
     unit = 1e6 / len(x)  # the loss is counted in millionths per clip: L-BFGS ignores curvature below 1e-10
-    options = {"max_iter": 2000, "max_eval": 4000, "tolerance_grad": 1e-4, "tolerance_change": 0.0}
+    options = {"max_iter": 2000, "max_eval": 4000, "history_size": 20, "tolerance_grad": 1e-4, "tolerance_change": 0.0}
     optimizer = torch.optim.LBFGS([V], line_search_fn="strong_wolfe", **options)
 
     def objective():
@@ -129,8 +129,12 @@ def retrieval(x, labels, *, ks=(1, 5, 10)):
         )  # a query comes last and does not find itself
         distance, order = distance.sort(dim=1)
         distance, order = distance[:, :-1], order[:, :-1]  # (q, n - 1)
-        nearer = torch.searchsorted(distance, distance)  # clips that are nearer than this one
-        rank = torch.searchsorted(distance, distance, right=True)  # clips that are at least as near
+        # Among sorted distances a group of ties begins where they grow: `nearer` clips stand before the group of a
+        # clip, `rank` clips up to its end.
+        grows = F.pad(distance.diff(dim=1) > 0, (1, 1), value=True)  # (q, n)
+        place = torch.arange(len(z))
+        nearer = (place * grows)[:, :-1].cummax(dim=1).values  # (q, n - 1)
+        rank = place.where(grows, len(z))[:, 1:].flip(1).cummin(dim=1).values.flip(1)
         for y, of_target in zip(labels_of, found):
             same = y[order] == y[queries].unsqueeze(1)  # (q, n - 1)
             some = same.any(dim=1)
