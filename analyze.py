@@ -25,19 +25,8 @@ from tqdm import tqdm
 
 from data import check_output, evaluation_loader, pick_device, program
 from model import gather_tokens, normalized_targets, patchify, tube_mask
-from probe import (
-    collect,
-    open_data,
-    parser,
-    print_table,
-    probe_accuracy,
-    read_runs,
-    score,
-    some_text,
-    split,
-    subjects,
-    untrained,
-)
+from probe import collect, open_data, parser, print_table, probe_accuracy, read_runs, score, some_text, split
+from probe import subjects, untrained
 
 # ---- measurements: plain tensors in, numbers out ----
 
@@ -338,28 +327,31 @@ def student_t(probability, freedom):
     return math.sqrt(freedom) * math.tan(np.interp(probability * below[-1], below, angle[1:]))
 
 
-def mean_of(samples, value):
-    """Estimate with the value and the errors of the means of independent samples (Welch, Satterthwaite)."""
-    if min(map(len, samples)) < 2:
+def mean_of(value, by_seed, by_clip=()):
+    """Estimate with this value, a sum of independent means over seeds (Welch, Satterthwaite).
+
+    by_seed: [(seeds,)], what is added up. by_clip: [(seeds, test clips)], the same by clip. The clips are another
+    reason to be uncertain, as far as they move all runs alike; what moves one run is in its spread over seeds.
+    """
+    if min(map(len, by_seed)) < 2:
         return Estimate(value, math.nan, math.nan)
-    variances = np.array([np.var(sample, ddof=1) / len(sample) + 1e-30 for sample in samples])
-    freedom = variances.sum() ** 2 / sum(v**2 / (len(s) - 1) for v, s in zip(variances, samples))
-    return Estimate(value, math.sqrt(variances.sum()), freedom)
+    parts = [(np.var(values, ddof=1) / len(values) + 1e-30, len(values) - 1) for values in by_seed]
+    if by_clip:
+        gap = sum(clips.mean(axis=0) for clips in by_clip)  # (test clips,)
+        own = sum(clips.var(axis=0, ddof=1).mean() / len(clips) for clips in by_clip if len(clips) > 1)
+        parts.append((max(gap.var(ddof=1) - own, 0.0) / len(gap), len(gap) - 1))
+    variance = sum(of_mean for of_mean, _ in parts)
+    return Estimate(value, math.sqrt(variance), variance**2 / sum(v**2 / freedom for v, freedom in parts))
 
 
 def difference(a, b, name, block_a=-1, block_b=-1):
-    """Estimate of a - b in one measurement after one block of each.
-
-    It is uncertain because of the seeds, and because of the test clips, which are the same ones for both: their
-    error is that of the difference by clip. Two blocks of the same runs are compared run by run.
-    """
+    """Estimate of a - b in one measurement after one block of each, on the same test clips."""
     x, y = a.values(name)[:, block_a], b.values(name)[:, block_b]  # (seeds,)
-    by_seed = [x - y] if a is b else [x] if b.regime == "untrained" else [x, y]
     p, q = (
-        np.mean([clips[name][block] for clips in group.by_clip], axis=0)
+        np.stack([clips[name][block] for clips in group.by_clip])  # (seeds, test clips)
         for group, block in ((a, block_a), (b, block_b))
     )
-    return mean_of([*by_seed, p - q], float(x.mean() - y.mean()))
+    return mean_of(float(x.mean() - y.mean()), [x] if b.regime == "untrained" else [x, y], [p, -q])
 
 
 def decide(estimates):
@@ -390,7 +382,7 @@ def describe(found, unit="", scale=1.0):
     """An estimate in words, with its 95 % interval."""
     margin = found.margin()
     if math.isnan(found.value):
-        return "not to be said, for training gained nothing"
+        return "unknown (training gained nothing for sure)"
     return f"{scale * found.value:+.3g}{unit}" + (
         "" if math.isnan(margin) else f" ± {scale * margin:.2g}{unit}"
     )
@@ -426,15 +418,15 @@ def saturation(groups):
     for g in groups:
         gain = difference(g, g.untrained, "accuracy")
         unit = Estimate(1.0, 0.0, 1.0).over(gain).value / len(groups)  # nan if training gains nothing
-        steps, cka = np.diff(g.values("accuracy")[:, -2:]), g.values("linear CKA")[:, -2, -1]
-        by_run.append(unit * steps.flatten())
+        steps, cka = np.diff(g.values("accuracy")[:, -2:])[:, 0], g.values("linear CKA")[:, -2, -1]
+        by_run.append(unit * steps)
         by_clip.append(
-            unit * np.mean([np.diff(clips["accuracy"][-2:], axis=0)[0] for clips in g.by_clip], axis=0)
+            unit * np.stack([clips["accuracy"][-1] - clips["accuracy"][-2] for clips in g.by_clip])
         )
         similar.append(cka / len(groups))
         words.append(f"{g.name} {100 * steps.mean():+.2f} points, CKA {cka.mean():.3f}")
-    share = mean_of([*by_run, sum(by_clip)], float(sum(map(np.mean, by_run))))
-    cka = mean_of(similar, float(sum(map(np.mean, similar))))
+    share = mean_of(float(sum(map(np.mean, by_run))), by_run, by_clip)
+    cka = mean_of(float(sum(map(np.mean, similar))), similar)
     gains = f"the last block gains, of what training gains, {describe(share, ' %', 100)}: {'; '.join(words)}"
     return [
         ((share, -NO_GAIN, NO_GAIN), gains),

@@ -75,7 +75,13 @@ def logistic_probe(train_x, train_y, test_x, *, C=1.0):
     V = torch.zeros_like(scale)  # (classes present of all targets, D + 1)
     columns = x.T.contiguous()  # twice as fast as x.T
     unit = 1e6 / len(x)  # the loss is counted in millionths per clip: L-BFGS ignores curvature below 1e-10
-    options = {"max_iter": 2000, "max_eval": 4000, "history_size": 20, "tolerance_grad": 1e-4, "tolerance_change": 0.0}
+    options = {
+        "max_iter": 2000,
+        "max_eval": 4000,
+        "history_size": 20,
+        "tolerance_grad": 1e-4,
+        "tolerance_change": 0.0,
+    }
     optimizer = torch.optim.LBFGS([V], line_search_fn="strong_wolfe", **options)
 
     def objective():
@@ -247,11 +253,8 @@ def probe_accuracy(x, targets, folds):
 
 def chance(targets, folds):
     """Accuracy of always answering the most frequent training class, for every target: [L]."""
-    shares = [
-        [(column[test] == column[train].mode().values).double().mean().item() for train, test in folds]
-        for column in targets.T
-    ]
-    return np.mean(shares, axis=1).tolist()
+    right = [targets[test] == targets[train].mode(dim=0).values for train, test in folds]  # [(m, L)]
+    return torch.stack([part.double().mean(dim=0) for part in right]).mean(dim=0).tolist()
 
 
 # ---- runs and clips, as the command line names them ----
@@ -267,43 +270,23 @@ def some_text(text):
 def parser(description):
     """The flags that say which runs to look at and on which clips: those of all programs that read runs."""
     flags = Parser(description)
-    flags.add_argument("runs", nargs="+", metavar="RUN", type=some_text, help="run folder of train.py")
-    flags.add_argument(
-        "--data",
-        type=some_text,
-        help="folder of videos, gratings, or double-gratings [generated moving scenes]",
-    )
-    flags.add_argument(
-        "--train-list",
-        type=some_text,
-        help="videos to fit on, as in train.py --list; without: 3 stratified folds",
-    )
-    flags.add_argument("--test-list", type=some_text, help="videos to test on")
-    flags.add_argument(
-        "--stride", type=number(least=1, most=10**6), default=4, help="take every stride-th frame [4]"
-    )
-    flags.add_argument(
-        "--short", choices=("drop", "repeat"), default="drop", help="rule for short videos [drop]"
-    )
-    flags.add_argument(
-        "--clips",
-        type=number(least=1, most=10**6),
-        help="take only this many, drawn at random [scenes: 3000]",
-    )
-    flags.add_argument(
+    add, workers = flags.add_argument, max(1, torch.get_num_threads() // 2)
+    count, text = number(least=1, most=10**6), {"type": some_text}
+    add("runs", nargs="+", metavar="RUN", **text, help="run folder of train.py")
+    add("--data", **text, help="folder of videos, gratings, or double-gratings [generated moving scenes]")
+    add("--train-list", **text, help="videos to fit on, as in train.py --list; without: 3 stratified folds")
+    add("--test-list", **text, help="videos to test on")
+    add("--stride", type=count, default=4, help="take every stride-th frame of a video [4]")
+    add("--short", choices=("drop", "repeat"), default="drop", help="rule for short videos [drop]")
+    add("--clips", type=count, help="take only this many, drawn at random [scenes: 3000]")
+    add(
         "--before-norm",
         action="store_true",
-        help="read the last block before the output LayerNorm [after it, as in the paper]",
+        help="read the last block before the output LayerNorm [after it]",
     )
-    flags.add_argument("--batch", type=number(least=1, most=10**6), default=32, help="clips at a time [32]")
-    workers = max(1, torch.get_num_threads() // 2)
-    flags.add_argument(
-        "--workers",
-        type=number(least=0, most=1000),
-        default=workers,
-        help=f"processes that read clips [{workers}]",
-    )
-    flags.add_argument("--device", type=some_text, default="auto", help="cpu, cuda, mps [the fastest here]")
+    add("--batch", type=count, default=32, help="clips at a time [32]")
+    add("--workers", type=number(least=0, most=1000), default=workers, help=f"that read clips [{workers}]")
+    add("--device", **text, default="auto", help="cpu, cuda or mps [the fastest here]")
     return flags
 
 
@@ -311,12 +294,8 @@ def flags():
     """The command line of this script."""
     found = parser(__doc__)
     found.add_argument("--k", type=number(least=1, most=10**6), default=20, help="neighbours of k-NN [20]")
-    found.add_argument(
-        "--features",
-        metavar="FILE.npz",
-        type=some_text,
-        help="write features, labels and names to exactly this file; no probe",
-    )
+    text = "write features, labels and names to exactly this file; no probe"
+    found.add_argument("--features", metavar="FILE.npz", type=some_text, help=text)
     return found
 
 
@@ -344,9 +323,7 @@ def read_runs(paths):
             if title == other.title:
                 raise ValueError(f"Two runs are called {title}; rename one of the folders.")
             if run.model.video != other.model.video:
-                raise ValueError(
-                    f"{other.title} and {title} take clips of different sizes; look at each by itself."
-                )
+                raise ValueError(f"{other.title} and {title} take clips of different sizes; one at a time.")
             if run.group == other.group and setting(run) != setting(other):
                 raise ValueError(
                     f"{other.title} and {title} look like seeds of one run but differ; rename one."
@@ -408,15 +385,8 @@ def collect(args, models, data, measure=None):
     features, targets, names, sizes = defaultdict(list), [], [], []
     labels = dict(data[0][0].labels)
     for source, indices in data:
-        found, numbers, taken = extract(
-            models,
-            source,
-            indices=indices,
-            batch=args.batch,
-            workers=args.workers,
-            device=args.device,
-            measure=measure,
-        )
+        at_once = {"batch": args.batch, "workers": args.workers, "device": args.device}
+        found, numbers, taken = extract(models, source, indices=indices, measure=measure, **at_once)
         if "class" in labels:  # the test list may hold other classes, or in another order
             classes = source.labels["class"]
             labels["class"] += tuple(name for name in classes if name not in labels["class"])
