@@ -25,8 +25,19 @@ from tqdm import tqdm
 
 from data import check_output, evaluation_loader, pick_device, program
 from model import gather_tokens, normalized_targets, patchify, tube_mask
-from probe import collect, open_data, parser, print_table, probe_accuracy, read_runs, score, some_text, split
-from probe import subjects, untrained
+from probe import (
+    collect,
+    open_data,
+    parser,
+    print_table,
+    probe_accuracy,
+    read_runs,
+    score,
+    some_text,
+    split,
+    subjects,
+    untrained,
+)
 
 # ---- measurements: plain tensors in, numbers out ----
 
@@ -263,7 +274,9 @@ def geometry(x):
 # after the last block: what counts as close (the paper's own gaps are 3 to 17 %, if an untrained network reaches
 # 13 %), and as no gain from the last block. And the linear CKA above which two blocks hold nearly the same (the
 # paper's late blocks: .983, .988).
-CLOSE, NO_GAIN, CKA_SATURATED = 0.25, 0.1, 0.97
+# Three seeds and 1,100 clips confirm the paper's numbers, simulated: each claim in six of ten cases or more if runs
+# differ by .005 in accuracy over seeds; C3 in about half of the cases if it is .01, so "cannot tell" says nothing.
+CLOSE, NO_GAIN, CKA_SATURATED = 0.3, 0.1, 0.97
 
 
 class Group(NamedTuple):
@@ -330,18 +343,15 @@ def student_t(probability, freedom):
 def mean_of(value, by_seed, by_clip=()):
     """Estimate with this value, a sum of independent means over seeds (Welch, Satterthwaite).
 
-    by_seed: [(seeds,)], what is added up. by_clip: [(seeds, test clips)], the same by clip. The clips are another
-    reason to be uncertain, as far as they move all runs alike; what moves one run is in its spread over seeds.
+    by_seed: [(seeds,)], what is added up. by_clip: [(seeds, test clips)], the same by clip: the mean over clips
+    is uncertain, too. What the clips do to a single run counts in both, so that the error is rather too large.
     """
     if min(map(len, by_seed)) < 2:
         return Estimate(value, math.nan, math.nan)
-    parts = [(np.var(values, ddof=1) / len(values) + 1e-30, len(values) - 1) for values in by_seed]
-    if by_clip:
-        gap = sum(clips.mean(axis=0) for clips in by_clip)  # (test clips,)
-        own = sum(clips.var(axis=0, ddof=1).mean() / len(clips) for clips in by_clip if len(clips) > 1)
-        parts.append((max(gap.var(ddof=1) - own, 0.0) / len(gap), len(gap) - 1))
-    variance = sum(of_mean for of_mean, _ in parts)
-    return Estimate(value, math.sqrt(variance), variance**2 / sum(v**2 / freedom for v, freedom in parts))
+    samples = [*by_seed, *([sum(clips.mean(axis=0) for clips in by_clip)] if by_clip else [])]
+    variances = [np.var(sample, ddof=1) / len(sample) + 1e-30 for sample in samples]
+    freedom = sum(variances) ** 2 / sum(v**2 / (len(sample) - 1) for v, sample in zip(variances, samples))
+    return Estimate(value, math.sqrt(sum(variances)), freedom)
 
 
 def difference(a, b, name, block_a=-1, block_b=-1):
@@ -362,7 +372,7 @@ def decide(estimates):
     """
     if not estimates:
         return "cannot tell"
-    if any(math.isnan(found.freedom) for found, _, _ in estimates):
+    if any(math.isnan(found.freedom) and not math.isnan(found.value) for found, _, _ in estimates):
         return "one seed: cannot tell"
     margins = [found.margin() for found, _, _ in estimates]
     wider = [found.margin(0.05 / len(estimates)) for found, _, _ in estimates]

@@ -310,7 +310,7 @@ class Run(NamedTuple):
     @property
     def regime(self):
         """What trained it: not always the regime in the model's config, which only says its shape."""
-        return self.checkpoint["settings"]["regime"]
+        return self.checkpoint["settings"].get("regime")
 
 
 def read_runs(paths):
@@ -340,7 +340,7 @@ def setting(run):
 def untrained(run):
     """(title, network) of a run before its first step: the same architecture, at random initialisation."""
     width, blocks, tubelet = (run.model.config[name] for name in ("width", "blocks", "tubelet"))
-    torch.manual_seed(run.checkpoint["settings"]["seed"])
+    torch.manual_seed(run.checkpoint["settings"].get("seed", 0))
     title = f"untrained, {width} wide, {'x'.join(map(str, tubelet))}, K = {blocks}"
     return title, Blockwise(**run.checkpoint["config"])
 
