@@ -274,7 +274,7 @@ def geometry(x):
 # after the last block: what counts as close (the paper's own gaps are 3 to 17 %, if an untrained network reaches
 # 13 %), and as no gain from the last block. And the linear CKA above which two blocks hold nearly the same (the
 # paper's late blocks: .983, .988).
-# Three seeds and 1,100 clips confirm the paper's numbers, simulated: each claim in six of ten cases or more if runs
+# Three seeds and 1,100 clips confirm the paper's numbers, simulated: each claim in seven of ten cases or more if runs
 # differ by .005 in accuracy over seeds; C3 in about half of the cases if it is .01, so "cannot tell" says nothing.
 CLOSE, NO_GAIN, CKA_SATURATED = 0.3, 0.1, 0.97
 
