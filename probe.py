@@ -13,6 +13,7 @@ Shapes: B batch, N tokens, D width, K blocks; here n clips and L targets.
 """
 
 import argparse
+import copy
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -24,63 +25,65 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from blockwise import Blockwise, load
-from data import Gratings, Scenes, Videos, evaluation_loader, fail
+from data import (
+    Gratings,
+    Parser,
+    Scenes,
+    Videos,
+    check_output,
+    evaluation_loader,
+    number,
+    pick_device,
+    program,
+)
 
 # ---- measurements: plain tensors in, numbers out ----
 
 
-def logistic_probe(train_x, train_y, test_x, *, C=1.0, classes=None):
+def logistic_probe(train_x, train_y, test_x, *, C=1.0):
     """Multinomial logistic regression, the linear probe (Sec. 4). Returns class probabilities (m, classes).
 
-    Features are standardised with the training mean and deviation; a feature that is constant in training is
-    left out. Minimised to convergence: sum of log-losses + |W|^2 / (2 C), intercept free. Full-batch L-BFGS
-    runs in preconditioned coordinates, first in float32 and then in float64: same optimum, far less time.
+    Minimises sum of log-losses + |W|^2 / (2 C) to convergence, intercept free. Of two classes the authors and
+    scikit-learn penalise one weight vector, w1 - w0; so does this. Features are standardised with the training
+    mean and deviation; one that is constant in training is left out. A class that is not in training has
+    probability 0.
 
-    train_x (n, D), test_x (m, D): float; train_y (n,): class numbers 0..classes-1.
-    Raises ValueError if a feature is not finite.
+    train_x (n, D), test_x (m, D): float. train_y (n,): class numbers; (n, L), of L targets, gives a list of L. Raises ValueError if a feature is not finite.
     """
     if not (torch.isfinite(train_x).all() and torch.isfinite(test_x).all()):
         raise ValueError("Features are not finite (NaN or infinite); this run's checkpoint cannot be probed.")
     train_x, test_x = train_x.double(), test_x.double()
-    classes = classes or int(train_y.max()) + 1
     mean, std = train_x.mean(dim=0), train_x.std(dim=0, unbiased=False)
     varies = std > 1e-7 * (1 + mean.abs())
-    x, z = (((a - mean) / std)[:, varies] for a in (train_x, test_x))
-    # Coordinates V, W = vectors * scale @ V, in which the objective is about equally curved everywhere:
-    # at equal probabilities the log-losses are curved by the Gram matrix / classes, the penalty by 1 / C.
-    values, vectors = torch.linalg.eigh(x.T @ x)
-    scale = (values.clamp(min=0) / classes + 1 / C).rsqrt()
-    one = (classes / len(x)) ** 0.5  # the intercept's feature, of the same curvature
-    x, z = (F.pad(a @ (vectors * scale), (0, 1), value=one) for a in (x, z))
-    penalty = F.pad(scale.square() / C, (0, 1)).unsqueeze(1)
-    V = torch.zeros(x.shape[1], classes)
-    for dtype, tolerance in ((torch.float32, 1e-7), (torch.float64, 3e-9)):
-        V = minimise(V.to(dtype), x.to(dtype), train_y, penalty.to(dtype), tolerance)
-    return (z @ V).softmax(dim=1)
-
-
-def minimise(V, x, y, penalty, tolerance):
-    """The V (D, classes) that minimises the log-losses of x (n, D) @ V and sum of penalty (D, 1) * V^2 / 2.
-
-    From the given V until no derivative, per clip, exceeds tolerance. The gradient is written out:
-    X'(P - Y) + penalty V.
-    """
+    x, test = (((a - mean) / std)[:, varies] for a in (train_x, test_x))
+    # W = scale * V on the principal axes, where scale makes the objective about equally curved everywhere, so
+    # that L-BFGS needs few steps: at equal probabilities the log-losses are curved by X'X / classes.
+    values, axes = torch.linalg.eigh(x.T @ x)
+    x, test = (F.pad(a @ axes, (0, 1), value=1.0) for a in (x, test))  # the last feature is the intercept's
+    values = F.pad(values.clamp(min=0), (0, 1), value=len(x))
+    columns, found = x.T.contiguous(), []  # twice as fast as x.T
     unit = 1e6 / len(x)  # the loss is counted in millionths per clip: L-BFGS ignores curvature below 1e-10
-    options = {"max_iter": 2000, "max_eval": 4000, "tolerance_grad": 1e6 * tolerance, "tolerance_change": 0.0}
-    optimizer = torch.optim.LBFGS([V], line_search_fn="strong_wolfe", **options)
-    clips = torch.arange(len(x))
+    options = {"max_iter": 2000, "max_eval": 4000, "tolerance_grad": 3e-4, "tolerance_change": 0.0}
+    for y in train_y.reshape(len(train_y), -1).T:
+        present = y.unique()
+        wanted = (y == present.unsqueeze(1)).double()  # (classes present, n)
+        penalty = F.pad(torch.full_like(values[:-1], (2 if len(present) == 2 else 1) / C), (0, 1))
+        scale = (values / len(present) + penalty).rsqrt()
+        V = torch.zeros(len(present), x.shape[1], dtype=torch.float64)  # (classes present, D + 1)
+        optimizer = torch.optim.LBFGS([V], line_search_fn="strong_wolfe", **options)
 
-    def objective():
-        logs = (x @ V).log_softmax(dim=1)  # (n, classes)
-        loss = (penalty * V.square()).sum() / 2 - logs[clips, y].sum(dtype=torch.float64)
-        error = logs.exp_()
-        error[clips, y] -= 1
-        V.grad = unit * (x.T @ error + penalty * V)
-        return unit * loss
+        def objective(V=V, scale=scale, penalty=penalty, wanted=wanted):
+            W = scale * V
+            logs = (W @ columns).log_softmax(dim=0)  # (classes present, n)
+            V.grad = unit * scale * ((logs.exp() - wanted) @ x + penalty * W)  # the derivative, written out
+            return unit * ((penalty * W.square()).sum() / 2 - (logs * wanted).sum())
 
-    with torch.no_grad():
-        optimizer.step(objective)
-    return V
+        with torch.no_grad():
+            optimizer.step(objective)
+        probabilities = torch.zeros(len(test), int(y.max()) + 1, dtype=torch.float64)
+        probabilities[:, present] = (test @ (scale * V).T).softmax(dim=1)
+        found.append(probabilities)
+    return found if train_y.ndim > 1 else found[0]
 
 
 def accuracies(predicted, true):
@@ -92,7 +95,8 @@ def accuracies(predicted, true):
 def knn(train_x, train_y, test_x, *, k=20):
     """Class numbers by majority of the k nearest training clips in cosine; the lowest of a tie.
 
-    train_x (n, D), test_x (m, D). train_y (n,) gives (m,); (n, L), of L targets, gives (m, L).
+    train_x (n, D), test_x (m, D). train_y (n,) gives (m,); (n, L), of L targets, gives (m, L). Of fewer than k
+    training clips all are asked.
     """
     similarity = F.normalize(test_x.double(), dim=1) @ F.normalize(train_x.double(), dim=1).T  # (m, n)
     nearest = similarity.topk(min(k, len(train_y)), dim=1).indices  # (m, k)
@@ -100,33 +104,47 @@ def knn(train_x, train_y, test_x, *, k=20):
 
 
 def retrieval(x, labels, *, ks=(1, 5, 10)):
-    """Leave-one-out retrieval by cosine of raw features (Sec. 4): "map", "top1", "top5", "top10", "queries".
+    """Leave-one-out retrieval by cosine of raw features (Sec. 4): "mAP", "top1", "top5", "top10", "queries".
 
-    Top-k: share of queries with a clip of their class among the k nearest. Average precision is exact with
-    ties: clips of equal similarity share one rank. A query without another clip of its class is left out of
-    all means ("queries" counts the others); without any query the means are nan.
-    x: (n, D); labels: (n,).
+    Top-k: share of queries with a clip of their class among the k nearest. Clips whose cosines agree to 12
+    decimals are tied: they share one rank in the average precision, and top-k is its expected value over
+    their random order. A query without another clip of its class is left out of all means ("queries" counts
+    the others); without any query the means are nan.
+    x: (n, D). labels: (n,) gives floats; (n, L), of L targets, gives lists.
     """
-    z, labels = F.normalize(x.double(), dim=1), labels.unique(return_inverse=True)[1]
-    members = [(labels == label).nonzero().flatten() for label in labels.unique()]
-    members = torch.nn.utils.rnn.pad_sequence(members, batch_first=True, padding_value=len(z))  # (classes, P)
-    precision, nearer = [], []
+    z, labels_of = F.normalize(x.double(), dim=1), labels.reshape(len(labels), -1).T  # (n, D), (L, n)
+    found = [[] for _ in labels_of]  # of every target: [(queries, 1 + len(ks))]
     for queries in torch.arange(len(z)).split(256):
-        distance = F.pad(-z[queries] @ z.T, (0, 1), value=torch.inf)  # (q, n + 1), the last for the padding
-        distance[torch.arange(len(queries)), queries] = torch.inf  # a query does not find itself
-        found = distance.gather(1, members[labels[queries]]).sort(dim=1).values  # (q, P), of the same class
-        rank = torch.zeros(len(queries), found.shape[1] + 1)  # clips that are at least as similar
-        rank.scatter_add_(1, torch.searchsorted(found, distance), torch.ones(1).expand(distance.shape))
-        rank = rank.cumsum(dim=1)[:, :-1]  # (q, P)
-        of_class = torch.searchsorted(found, found, right=True)
-        true = found.isfinite()
-        some = true.any(dim=1)
-        precision.append(((of_class / rank.double()).where(true, 0).sum(dim=1) / true.sum(dim=1))[some])
-        nearer.append((distance < found[:, :1]).sum(dim=1)[some])
-    precision, nearer = torch.cat(precision), torch.cat(nearer)
-    means = {"map": precision.mean().item()}
-    means |= {f"top{k}": (nearer < k).double().mean().item() for k in ks}
-    return means | {"queries": len(precision)}
+        distance = (-z[queries] @ z.T).round(decimals=12)  # (q, n)
+        distance[torch.arange(len(queries)), queries] = (
+            torch.inf
+        )  # a query comes last and does not find itself
+        distance, order = distance.sort(dim=1)
+        distance, order = distance[:, :-1], order[:, :-1]  # (q, n - 1)
+        # Among sorted distances a group of ties begins where they grow: `nearer` clips stand before the group of a
+        # clip, `rank` clips up to its end.
+        grows = F.pad(distance.diff(dim=1) > 0, (1, 1), value=True)  # (q, n)
+        place = torch.arange(len(z))
+        nearer = (place * grows)[:, :-1].cummax(dim=1).values  # (q, n - 1)
+        rank = place.where(grows, len(z))[:, 1:].flip(1).cummin(dim=1).values.flip(1)
+        for y, of_target in zip(labels_of, found):
+            same = y[order] == y[queries].unsqueeze(1)  # (q, n - 1)
+            some = same.any(dim=1)
+            hits = same.cumsum(dim=1).gather(1, rank - 1)  # of the class, at least as near
+            columns = [(same * hits / rank.double()).sum(dim=1) / same.sum(dim=1)]  # average precision
+            first = same.int().argmax(dim=1, keepdim=True)  # the nearest of the class, among ties of which
+            start, end, good = (a.gather(1, first).flatten() for a in (nearer, rank, hits))  # `good` are hits
+            miss = torch.ones(len(queries), dtype=torch.float64)
+            for place in range(max(ks)):
+                drawn = (start <= place) & (place < end)  # one of the tied clips that are left
+                miss = torch.where(drawn, miss * (end - good - place) / (end - place), miss)
+                if place + 1 in ks:
+                    columns.append(1 - miss)
+            of_target.append(torch.stack(columns, dim=1)[some])
+    found = [torch.cat(parts) for parts in found]
+    means = torch.stack([part.mean(dim=0) for part in found], dim=1).tolist()  # (1 + len(ks), L)
+    means = dict(zip(["mAP", *(f"top{k}" for k in ks)], means)) | {"queries": [len(part) for part in found]}
+    return means if labels.ndim > 1 else {name: values[0] for name, values in means.items()}
 
 
 def stratified_folds(labels, folds=3, seed=0):
@@ -188,81 +206,82 @@ def extract(models, source, *, indices=None, batch=32, workers=0, device="cpu", 
 
 
 def score(x, targets, folds, *, k=20):
-    """All scores of one set of features: floats by name, and "targets" and "correct" from probe_accuracy().
+    """All scores of one set of features x (n, D): ({name: [value of each of the L targets]}, correct).
 
-    x: (n, D). targets: (n, L). folds: [(train indices, test indices)]; accuracies are means over the folds
-    and over the targets (Sec. 4). Retrieval is among the test clips of all folds, on the first target.
+    targets: (n, L). folds: [(train indices, test indices)]; accuracies are means over the folds. Retrieval is
+    among the test clips of all folds. "all" is one value: the share of test clips with every target right.
+    correct: as in probe_accuracy().
     """
+    found, correct = probe_accuracy(x, targets, folds)
+    near = [(knn(x[train], targets[train], x[test], k=k) == targets[test]).double() for train, test in folds]
+    found["knn"] = torch.stack([part.mean(dim=0) for part in near]).mean(dim=0).tolist()
+    found["all"] = [float(correct.all(axis=0).mean())]
     tested = torch.cat([test for _, test in folds])
-    test, balanced, fitted, correct = probe_accuracy(x, targets, folds)
-    near = [(knn(x[a], targets[a], x[b], k=k) == targets[b]).double().mean().item() for a, b in folds]
-    means = {"accuracy": test, "balanced": balanced, "train": fitted, "knn": near}
-    means = {name: float(np.mean(values)) for name, values in means.items()}
-    return means | {"targets": list(test), "correct": correct} | retrieval(x[tested], targets[tested, 0])
+    return found | retrieval(x[tested], targets[tested]), correct
 
 
 def probe_accuracy(x, targets, folds):
-    """Linear probe of every target: ([test accuracy], [balanced], [training], correct), means over folds.
+    """Linear probe of every target: ({"accuracy": [L], "balanced": [L], "train": [L]}, correct).
 
-    correct: (L, m) of 0 and 1, which of the m test clips of all folds were right.
+    The scores are means over folds. correct: (L, m) of 0 and 1, which of the m test clips were right.
     """
-    found, correct = [], []
-    for y in targets.T:
-        of_folds, right = [], []
-        for train, test in folds:
-            both = torch.cat([train, test])
-            predicted = logistic_probe(x[train], y[train], x[both], classes=int(y.max()) + 1).argmax(dim=1)
-            fitted = accuracies(predicted[: len(train)], y[train])[0]
-            of_folds.append((*accuracies(predicted[len(train) :], y[test]), fitted))
-            right.append(predicted[len(train) :] == y[test])
-        found.append(np.mean(of_folds, axis=0).tolist())
-        correct.append(torch.cat(right))
-    return *zip(*found), torch.stack(correct).double().numpy()
+    scores, correct = [], []
+    for train, test in folds:
+        probabilities = logistic_probe(x[train], targets[train], x[torch.cat([train, test])])
+        predicted = torch.stack([p.argmax(dim=1) for p in probabilities], dim=1)  # (n + m, L)
+        fitted, tested = predicted[: len(train)], predicted[len(train) :]
+        of_fold = zip(tested.T, targets[test].T, fitted.T, targets[train].T)
+        scores.append([(*accuracies(a, b), accuracies(c, d)[0]) for a, b, c, d in of_fold])
+        correct.append(tested == targets[test])
+    means = np.mean(scores, axis=0).T.tolist()  # (3, L)
+    return dict(zip(("accuracy", "balanced", "train"), means)), torch.cat(correct).T.double().numpy()
 
 
 def chance(targets, folds):
     """Accuracy of always answering the most frequent training class, for every target: [L]."""
-    shares = [
-        [(column[test] == column[train].mode().values).double().mean().item() for train, test in folds]
-        for column in targets.T
-    ]
-    return np.mean(shares, axis=1).tolist()
+    right = [targets[test] == targets[train].mode(dim=0).values for train, test in folds]  # [(m, L)]
+    return torch.stack([part.double().mean(dim=0) for part in right]).mean(dim=0).tolist()
 
 
-# ---- command line ----
+# ---- runs and clips, as the command line names them ----
+
+
+def some_text(text):
+    """A type for argparse: not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; leave the flag out or give it a value")
+    return text
 
 
 def parser(description):
-    """The flags that say which runs to look at and on which clips; analyze.py has them too."""
-    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    flags = argparse.ArgumentParser(description=description, **style)
-    flags.error = fail
-    flags.add_argument("runs", nargs="+", metavar="RUN", help="run folder that train.py has written")
-    flags.add_argument(
-        "--data", help="folder of videos, gratings, or double-gratings [generated moving scenes]"
+    """The flags that say which runs to look at and on which clips: those of all programs that read runs."""
+    flags = Parser(description)
+    add, workers = flags.add_argument, max(1, torch.get_num_threads() // 2)
+    count, text = number(least=1, most=10**6), {"type": some_text}
+    add("runs", nargs="+", metavar="RUN", **text, help="run folder of train.py")
+    add("--data", **text, help="folder of videos, gratings, or double-gratings [generated moving scenes]")
+    add("--train-list", **text, help="videos to fit on, as in train.py --list; without: 3 stratified folds")
+    add("--test-list", **text, help="videos to test on")
+    add("--stride", type=count, default=4, help="take every stride-th frame of a video [4]")
+    add("--short", choices=("drop", "repeat"), default="drop", help="rule for short videos [drop]")
+    add("--clips", type=count, help="take only this many, drawn at random [scenes: 3000]")
+    add(
+        "--before-norm",
+        action="store_true",
+        help="read the last block before the output LayerNorm [after it]",
     )
-    flags.add_argument(
-        "--train-list", help="videos to fit on, as in train.py --list; without: 3 stratified folds"
-    )
-    flags.add_argument("--test-list", help="videos to test on")
-    flags.add_argument("--stride", type=int, default=4, help="take every stride-th frame of a video [4]")
-    flags.add_argument(
-        "--short", choices=("drop", "repeat"), default="drop", help="rule for short videos [drop]"
-    )
-    flags.add_argument("--clips", type=int, help="take only this many, drawn at random [scenes: 3000]")
-    flags.add_argument("--batch", type=int, default=32, help="clips at a time [32]")
-    workers = max(1, torch.get_num_threads() // 2)
-    flags.add_argument("--workers", type=int, default=workers, help=f"processes that read clips [{workers}]")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    flags.add_argument("--device", default=device, help=f"cpu, cuda or mps [{device}]")
+    add("--batch", type=count, default=32, help="clips at a time [32]")
+    add("--workers", type=number(least=0, most=1000), default=workers, help=f"that read clips [{workers}]")
+    add("--device", **text, default="auto", help="cpu, cuda or mps [the fastest here]")
     return flags
 
 
 def flags():
     """The command line of this script."""
     found = parser(__doc__)
-    found.add_argument("--k", type=int, default=20, help="neighbours of k-NN [20]")
-    found.add_argument("--features", metavar="FILE.npz", help="write features, labels and names; no probe")
+    found.add_argument("--k", type=number(least=1, most=10**6), default=20, help="neighbours of k-NN [20]")
+    text = "write features, labels and names to exactly this file; no probe"
+    found.add_argument("--features", metavar="FILE.npz", type=some_text, help=text)
     return found
 
 
@@ -273,6 +292,11 @@ class Run(NamedTuple):
     group: str
     model: torch.nn.Module
     checkpoint: dict
+
+    @property
+    def regime(self):
+        """What trained it: not always the regime in the model's config, which only says its shape."""
+        return self.checkpoint["settings"].get("regime")
 
 
 def read_runs(paths):
@@ -285,10 +309,8 @@ def read_runs(paths):
             if title == other.title:
                 raise ValueError(f"Two runs are called {title}; rename one of the folders.")
             if run.model.video != other.model.video:
-                raise ValueError(
-                    f"{other.title} and {title} take clips of different sizes; look at each by itself."
-                )
-            if run.group == other.group and run.checkpoint["config"] != other.checkpoint["config"]:
+                raise ValueError(f"{other.title} and {title} take clips of different sizes; one at a time.")
+            if run.group == other.group and setting(run) != setting(other):
                 raise ValueError(
                     f"{other.title} and {title} look like seeds of one run but differ; rename one."
                 )
@@ -296,26 +318,34 @@ def read_runs(paths):
     return runs
 
 
+def setting(run):
+    """What the seeds of one run have in common."""
+    return run.checkpoint["config"], run.regime, run.checkpoint["step"]
+
+
 def untrained(run):
-    """The network of a run before its first step: the same architecture, at random initialisation."""
-    torch.manual_seed(run.checkpoint["settings"]["seed"])
-    return Blockwise(**run.checkpoint["config"])
+    """(title, network) of a run before its first step: the same architecture, at random initialisation."""
+    width, blocks, tubelet = (run.model.config[name] for name in ("width", "blocks", "tubelet"))
+    torch.manual_seed(run.checkpoint["settings"].get("seed", 0))
+    title = f"untrained, {width} wide, {'x'.join(map(str, tubelet))}, K = {blocks}"
+    return title, Blockwise(**run.checkpoint["config"])
 
 
-def subjects(runs):
-    """All that is measured: {title: model} of the runs, of each architecture untrained, and of the pixels."""
-    fresh = {}
-    for run in runs:
-        width, blocks, tubelet = (run.model.config[name] for name in ("width", "blocks", "tubelet"))
-        fresh[f"untrained, {width} wide, {'x'.join(map(str, tubelet))}, K = {blocks}"] = run
-    fresh = {title: untrained(run) for title, run in fresh.items()}
-    return {"pixels": Pixels()} | fresh | {run.title: run.model for run in runs}
+def subjects(runs, before_norm=False):
+    """All that is measured: {title: model} of the pixels, of each architecture untrained, and of the runs.
+
+    before_norm: the last block of every network ends before the output LayerNorm.
+    """
+    models = dict(untrained(run) for run in runs)
+    models |= {run.title: copy.deepcopy(run.model) for run in runs}
+    if before_norm:
+        for model in models.values():
+            list(model.blocks.values())[-1].norm = None
+    return {"pixels": Pixels()} | models
 
 
 def open_data(args, video):
     """[(source, indices)] of the clips that the flags name: all in one, or training list and test list."""
-    if args.clips is not None and args.clips < 1:
-        raise ValueError(f"--clips {args.clips} must be at least 1.")
     if bool(args.train_list) != bool(args.test_list):
         raise ValueError("--train-list and --test-list go together; without both, 3 folds are drawn.")
     if args.train_list and args.data in (None, "gratings", "double-gratings"):
@@ -334,16 +364,15 @@ def open_data(args, video):
 
 
 def collect(args, models, data, measure=None):
-    """Features of all clips from open_data(): (features, targets, names, labels, folds), see extract().
+    """Features of all clips from open_data(), as extract() gives them: (features, targets, names, labels, sizes).
 
-    labels: {target: class names}. folds: [(train indices, test indices)]: of the two lists, or 3 folds
-    stratified on the first target (Sec. 4).
+    names: of the clips. labels: {target: class names}. sizes: clips from each source.
     """
-    how = {"batch": args.batch, "workers": args.workers, "device": args.device, "measure": measure}
     features, targets, names, sizes = defaultdict(list), [], [], []
     labels = dict(data[0][0].labels)
     for source, indices in data:
-        found, numbers, taken = extract(models, source, indices=indices, **how)
+        at_once = {"batch": args.batch, "workers": args.workers, "device": args.device}
+        found, numbers, taken = extract(models, source, indices=indices, measure=measure, **at_once)
         if "class" in labels:  # the test list may hold other classes, or in another order
             classes = source.labels["class"]
             labels["class"] += tuple(name for name in classes if name not in labels["class"])
@@ -353,15 +382,43 @@ def collect(args, models, data, measure=None):
         targets.append(numbers)
         names += [source.name(index) for index in taken]
         sizes.append(len(taken))
-    targets = torch.cat(targets)
-    folds = stratified_folds(targets[:, 0])
-    if len(data) == 2:
-        folds = [tuple(torch.arange(len(targets)).split(sizes))]
-        if not set(targets[: sizes[0], 0].tolist()) & set(targets[sizes[0] :, 0].tolist()):
-            raise ValueError("The two lists have no class in common; are their labels of the same kind?")
-    if min(len(part) for fold in folds for part in fold) == 0:
-        raise ValueError(f"{len(targets)} clips are too few to fit and to test on.")
-    return {key: torch.cat(parts) for key, parts in features.items()}, targets, names, labels, folds
+    return (
+        {key: torch.cat(parts) for key, parts in features.items()},
+        torch.cat(targets),
+        names,
+        labels,
+        sizes,
+    )
+
+
+def split(targets, labels, sizes):
+    """[(train indices, test indices)]: of the two lists, or 3 folds stratified on the first target (Sec. 4).
+
+    ValueError where a probe would only seem to measure something.
+    """
+    if len(sizes) == 2:
+        folds = [torch.arange(len(targets)).split(sizes)]
+    else:
+        folds = stratified_folds(targets[:, 0])
+    for train, test in folds:
+        if min(len(train), len(test)) == 0:
+            raise ValueError(f"{len(targets)} clips are too few to fit and to test on.")
+        for name, y in zip(labels, targets.T):
+            fitted, tested = set(y[train].tolist()), set(y[test].tolist())
+            if len(fitted) == 1:
+                only = labels[name][min(fitted)]
+                raise ValueError(
+                    f"All clips to fit on have {name} {only}; a probe needs two classes or more."
+                )
+            if not fitted & tested:
+                raise ValueError(
+                    f"The clips to fit and to test on have no {name} in common; with folds a class needs two "
+                    "clips or more, and two lists need labels of the same kind."
+                )
+    return folds
+
+
+# ---- command line ----
 
 
 def print_table(title, columns, rows):
@@ -382,43 +439,57 @@ def spread(values):
 
 def main(arguments=None):
     """Print what can be read from every block."""
-    args = flags().parse_args(arguments)
-    try:
-        probe(args)
-    except ValueError as error:
-        fail(error)
+    with program():
+        probe(flags().parse_args(arguments))
 
 
 def probe(args):
     """The tables, or the features file."""
-    runs = read_runs(args.runs)
-    models = {run.title: run.model for run in runs} if args.features else subjects(runs)
-    data = open_data(args, runs[0].model.video)
-    features, targets, names, labels, folds = collect(args, models, data)
+    args.device, _ = pick_device(args.device)
     if args.features:
-        arrays = {(name if len(runs) == 1 else f"{title}/{name}"): x for (title, name), x in features.items()}
-        arrays |= {
-            target: np.array(values)[targets[:, i]] for i, (target, values) in enumerate(labels.items())
-        }
-        np.savez(args.features, names=np.array(names), **arrays)
-        print(f"{args.features}: {', '.join(arrays)}, names; {len(names)} clips")
+        check_output(args.features)
+    runs = read_runs(args.runs)
+    models = subjects(runs, args.before_norm)
+    data = open_data(args, runs[0].model.video)
+    if args.features:
+        write_features(args, {run.title: models[run.title] for run in runs}, data)
         return
-
+    features, targets, _, labels, sizes = collect(args, models, data)
+    folds = split(targets, labels, sizes)
     groups, scores = {run.title: run.group for run in runs}, defaultdict(list)
     for (title, name), x in tqdm(features.items(), "probes", leave=False):
-        scores[f"{groups.get(title, title)} {name}"].append(score(x, targets, folds, k=args.k))
+        scores[f"{groups.get(title, title)} {name}"].append(score(x, targets, folds, k=args.k)[0])
+    print_scores(args, scores, chance(targets, folds), folds, list(labels))
+
+
+def write_features(args, models, data):
+    """The file of --features."""
+    features, targets, names, labels, _ = collect(args, models, data)
+    arrays = {(name if len(models) == 1 else f"{title}/{name}"): x for (title, name), x in features.items()}
+    for (target, values), numbers in zip(labels.items(), targets.T):
+        arrays[target] = np.array(values)[numbers]
+    with open(args.features, "wb") as file:  # np.savez would add .npz to a name without it
+        np.savez(file, names=np.array(names), **arrays)
+    print(f"{args.features}: {', '.join(arrays)}, names; {len(names)} clips")
+
+
+def print_scores(args, scores, guess, folds, labels):
+    """The tables of scores {row: [score() of each seed]}; guess: chance() of every target."""
     train, test = folds[0]
     print(
         f"{args.data or 'moving scenes'}: {len(train)} clips to fit, {len(test)} to test, folds: {len(folds)}"
     )
-    guess = chance(targets, folds)
     rows = {"chance": [[np.mean(guess)], *([value] for value in guess)]}
-    for name, results in scores.items():
-        rows[name] = [[r["accuracy"] for r in results], *zip(*(r["targets"] for r in results))]
+    for row, seeds in scores.items():
+        rows[row] = [[np.mean(s["accuracy"]) for s in seeds], *zip(*(s["accuracy"] for s in seeds))]
     print_table("linear probe, test accuracy", ["mean", *labels], rows)
-    others = ["accuracy", "balanced", "train", "knn", "map", "top1", "top5", "top10"]
-    rows = {name: [[r[other] for r in results] for other in others] for name, results in scores.items()}
-    print_table(f"mean of targets; retrieval of {next(iter(labels))}", others, rows)
+    names = ["accuracy", "balanced", "train", "knn", "all", "mAP", "top1", "top5", "top10"]
+    rows = {row: [[np.mean(s[name]) for s in seeds] for name in names] for row, seeds in scores.items()}
+    print_table("mean of targets (all: every one right)", names, rows)
+    if len(labels) > 1:
+        names.remove("all")
+        rows = {row: [[s[name][0] for s in seeds] for name in names] for row, seeds in scores.items()}
+        print_table(f"{labels[0]} alone", names, rows)
 
 
 if __name__ == "__main__":

@@ -504,7 +504,7 @@ class Log:
         batch = next(batches)
         self.waited += time.perf_counter() - start
         for path, reason in source.check_broken(batch["broken"]).items():
-            self.bar.write(f"broken, the next good video takes its place: {path} ({reason})")
+            self.bar.write(f"left out, the next good video takes its place: {path} ({reason})")
         return batch
 
     def step(self, clips):
