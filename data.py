@@ -26,6 +26,7 @@ import re
 import signal
 import stat
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -683,9 +684,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, *arguments):
         """As argparse's; an empty text is a mistake, a shell variable that is not set for example."""
         found = super().parse_args(*arguments)
-        for name, value in vars(found).items():
-            if value == "" or value == [""]:
-                self.error(f"--{name.replace('_', '-')} is empty; leave it out, or say which")
+        for action in self._actions:
+            if action.option_strings and getattr(found, action.dest, None) == "":
+                self.error(f"{action.option_strings[0]} is empty; leave it out, or say which")
         return found
 
 
