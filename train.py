@@ -414,8 +414,8 @@ def average(tensors):
 
 
 def default_slices(clips, device):
-    """Of two clips: that keeps the buffers small, which makes a CPU faster too."""
-    return math.ceil(clips / 2) if device == "cpu" else 1
+    """Of eight clips on a CPU, the fastest there, fp32 and bf16; a GPU's memory is seldom short."""
+    return math.ceil(clips / 8) if device == "cpu" else 1
 
 
 def masks_of_step(config, model, step):
