@@ -33,7 +33,6 @@ from probe import (
     probe_accuracy,
     read_runs,
     score,
-    some_text,
     split,
     subjects,
     untrained,
@@ -569,7 +568,6 @@ def flags():
     found = parser(__doc__)
     found.add_argument(
         "--out",
-        type=some_text,
         default="analysis",
         help="folder for analysis.json and the figures [analysis]",
     )
@@ -592,7 +590,7 @@ def analyze(args):
     args.device, _ = pick_device(args.device)
     folder = Path(args.out)
     check_output(folder, folder=True)
-    runs = read_runs(args.runs)
+    runs = read_runs(args.runs, args.blocks)
     found, by_clip = measure(args, runs)
     groups = make_groups(runs, found["runs"], by_clip)
     print_measurements(groups)

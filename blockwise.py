@@ -12,9 +12,12 @@ differ.
 Shapes as in model.py: B batch, N tokens, V visible, M masked, P values in one tubelet, D width, K blocks.
 """
 
+import argparse
 import contextlib
+import json
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -326,25 +329,153 @@ def save(path, model, optimizers, *, step, settings, data=""):
         raise OSError(f"{path} cannot be written ({(error.__context__ or error)!s:.200})") from error
 
 
-def load(path, device="cpu"):
-    """Read a run: (model in eval mode, checkpoint). path: a run folder, whose last.pt is read, or a
-    checkpoint.
+def load(path, device="cpu", *, blocks=4):
+    """Read a run: (model in eval mode, checkpoint). path: a run folder, whose last.pt is read, or a checkpoint.
 
-    The checkpoint's other entries are as given to save(). Raises ValueError if there is none.
+    The checkpoint's other entries are as given to save(). A published VideoMAE is read as well, and cut into
+    so many `blocks`: see load_videomae(). Raises ValueError if there is nothing to read.
     """
-    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no checkpoint {path}; name a folder that train.py has written.")
+    path, checkpoint = read_checkpoint(path)
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load() does not look at the checksums that it wrote
-            if archive.testzip():
-                raise ValueError("its checksums do not fit; it was damaged on disk")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)  # data only: no code is run
+        if "config" not in checkpoint:
+            return load_videomae(path, checkpoint, blocks=blocks, device=device)
         model = Blockwise(**checkpoint["config"]).to(device)
         model.load_state_dict(checkpoint["model"])
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} holds more than tensors and plain values; it is not read.") from None
-    except (zipfile.BadZipFile, EOFError, LookupError, TypeError, RuntimeError, ValueError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged: {why:.200}") from None
+    except (LookupError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged: {summary(error)}") from None
     return model.eval(), checkpoint
+
+
+def read_checkpoint(path):
+    """(file, the dict in it) of a checkpoint of torch or safetensors, read as data: no code in it is run.
+
+    path: a file, or a folder of train.py or Hugging Face. Raises ValueError, with the reason, if it cannot be
+    read.
+    """
+    names = ("last.pt", "model.safetensors", "pytorch_model.bin")
+    files = [Path(path) / name for name in names] if Path(path).is_dir() else [Path(path)]
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
+        raise ValueError(f"There is no checkpoint {files[0]}; name a folder that train.py has written.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return path, load_file(path)
+        if zipfile.is_zipfile(path):  # torch.load() does not look at the checksums that it wrote
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise ValueError("its checksums do not fit; it was damaged on disk")
+        with torch.serialization.safe_globals([argparse.Namespace]):  # VideoMAE's hold their arguments
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise TypeError(f"it holds a {type(checkpoint).__name__}")
+    except ImportError:
+        raise ValueError(f"{path} needs safetensors; install it with: pip install safetensors") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is not a checkpoint, or holds more than data, which is not read.") from None
+    except Exception as error:  # noqa: BLE001, whatever a damaged file makes of three readers
+        raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged: {summary(error)}") from None
+    return path, checkpoint
+
+
+def summary(error):
+    """The beginning of what an error says."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+# ---- published checkpoints of VideoMAE (arXiv 2203.12602) ----
+
+# (how its authors or Hugging Face begin or end a name, how it is called here), in this order.
+RENAMED = (
+    (r"^(module\.|model\.|videomae\.)+", ""),
+    (r"^(embeddings\.patch_embeddings\.projection|(encoder\.)?patch_embed\.proj)\.", "embedding.linear."),
+    (r"^(encoder\.)?(blocks|layer)\.", "layers."),
+    (r"^decoder\.(blocks|decoder_layers)\.", "decoder.layers."),
+    (r"^(encoder\.norm|layernorm)\.", "norm."),
+    (r"^encoder_to_decoder\.", "decoder.embed."),
+    (r"^mask_token$", "decoder.mask_token"),
+    (r"\.attn\.qkv\.", ".qkv."),
+    (r"\.attention\.attention\.(q|k|v)(uery|ey|alue)\.", r".\1."),
+    (r"\.(attention\.attention|attn)\.(q|k|v)_bias$", r".\2.bias"),
+    (r"\.(attention\.output\.dense|attn\.proj)\.", ".proj."),
+    (r"\.(intermediate\.dense|mlp\.fc1)\.", ".fc1."),
+    (r"\.(output\.dense|mlp\.fc2)\.", ".fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+)
+
+
+def load_videomae(path, state, *, blocks=4, device="cpu"):
+    """A VideoMAE in e2e form, its encoder cut into blocks: (model in eval mode, checkpoint as of save()).
+
+    state: what was read from the file `path`. Sizes are those of its tensors; what these do not tell comes from
+    a config.json beside it, else clips are 16 x 224 x 224 and heads 64 wide, as published. A backbone has no
+    decoder, and so no reconstruction; one without output LayerNorm has none here.
+    Raises ValueError that names the weights which do not fit.
+    """
+    for name in ("model", "module", "state_dict"):
+        state = state[name] if isinstance(state.get(name), dict) else state
+    found = dict(state)
+    for pattern, ours in RENAMED:
+        found = {re.sub(pattern, ours, key): value for key, value in found.items()}
+    kernel = found.get("embedding.linear.weight")
+    if kernel is None or kernel.ndim != 5:
+        raise ValueError(f"neither of VideoMAE; it holds {', '.join(map(str, state))[:200]}")
+    settings = path.with_name("config.json")
+    settings = json.loads(settings.read_text()) if settings.exists() else {}
+    pixels, width, decoder = settings.get("image_size", 224), len(kernel), "decoder.embed.weight" in found
+    config = {"blocks": blocks, "regime": "e2e", "tubelet": tuple(kernel.shape[2:]), "width": width}
+    config["video"] = (settings.get("num_frames", 16), pixels, pixels)
+    config["heads"] = settings.get("num_attention_heads", max(1, width // 64))
+    config["depth"] = sum(key.startswith("layers.") and key.endswith(".fc1.bias") for key in found)
+    if decoder:
+        width = config["decoder_width"] = len(found["decoder.embed.weight"])
+        config["decoder_heads"] = settings.get("decoder_num_attention_heads", max(1, width // 64))
+        depth = sum(key.startswith("decoder.layers.") and key.endswith(".fc1.bias") for key in found)
+        config["decoder_depth"] = depth
+        found["decoder.mask_token"] = found["decoder.mask_token"].flatten()
+    found["embedding.linear.weight"] = kernel.permute(0, 2, 3, 4, 1).flatten(1)  # (D, P), as in patchify()
+    model, last = Blockwise(**config), f"block{blocks}"
+    model.blocks[last].norm = model.blocks[last].norm if "norm.weight" in found else None
+    model.decoders = model.decoders if decoder else nn.ModuleDict()
+
+    def place(key):
+        """Where a weight stands in the model."""
+        if match := re.match(r"layers\.(\d+)\.", key):
+            k, layer = divmod(int(match[1]), config["depth"] // blocks)
+            return f"blocks.block{k + 1}.layers.{layer}.{key[match.end() :]}"
+        part = {
+            "embedding": "blocks.block1.embedding",
+            "norm": f"blocks.{last}.norm",
+            "decoder": f"decoders.{last}",
+        }
+        first, _, rest = key.partition(".")
+        return f"{part.get(first, first)}.{rest}"
+
+    fitted = join_qkv({place(key): value for key, value in found.items()})
+    missing, unexpected = model.load_state_dict(fitted, strict=False)
+    if missing or unexpected:
+        raise ValueError(
+            f"no VideoMAE: without {', '.join(missing[:9])}; not known: {', '.join(unexpected[:9])}"
+        )
+    checkpoint = {
+        "config": config,
+        "settings": {"regime": "e2e", "seed": 0},
+        "step": 0,
+        "optimizers": [],
+        "data": "",
+    }
+    return model.to(device).eval(), checkpoint
+
+
+def join_qkv(state):
+    """Queries, keys and values in one matrix and one bias per layer; an absent key bias is zero."""
+    joined = {key: value for key, value in state.items() if not re.search(r"\.[qkv]\.(weight|bias)$", key)}
+    for key, query in state.items():
+        if key.endswith((".q.weight", ".q.bias")):
+            layer, kind = key[: key.rindex(".q.")], key.rpartition(".")[2]
+            value = state.get(f"{layer}.v.{kind}")
+            parts = [query, state.get(f"{layer}.k.{kind}", torch.zeros_like(query)), value]
+            joined[f"{layer}.qkv.{kind}"] = torch.cat(parts)
+    return joined

@@ -10,14 +10,11 @@ arXiv 2602.03918. The importance of a layer is the entropy of its weights; the l
 Shapes: B batch, N tokens, P values in one tubelet, D width.
 """
 
-import argparse
 import copy
 import itertools
 import json
 import math
-import pickle
 import re
-import zipfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -26,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from analyze import pyplot
+from blockwise import read_checkpoint
 from data import check_output, pick_device, program
 from model import patchify
 from probe import (
@@ -35,7 +33,6 @@ from probe import (
     print_table,
     probe_accuracy,
     read_runs,
-    some_text,
     split,
     subjects,
 )
@@ -93,24 +90,13 @@ def read_state(path):
 
     Raises ValueError if there is none.
     """
-    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no checkpoint {path}; name a run folder or the file of a state_dict.")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # VideoMAE's hold their arguments
-            state = torch.load(path, map_location="cpu", weights_only=True)  # data only: no code is run
-    except pickle.UnpicklingError:
-        why = "holds something else than tensors and plain values, or is no checkpoint"
-        raise ValueError(f"{path} {why}; it is not read.") from None
-    except (RuntimeError, EOFError, ValueError, LookupError, zipfile.BadZipFile, AttributeError, TypeError):
-        raise ValueError(
-            f"{path} is not a checkpoint that torch.save() has written, or is damaged."
-        ) from None
+    path, state = read_checkpoint(path)
     for name in ("model", "module", "state_dict"):
         state = state.get(name, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+    found = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+    if not found:
         raise ValueError(f"{path} holds no state_dict: no tensors by name.")
-    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return found
 
 
 # ---- importance by removing ----
@@ -256,10 +242,9 @@ def flags():
     found.add_argument("--prune", action="store_true", help="probe with layers removed, in several orders")
     found.add_argument(
         "--pattern",
-        type=some_text,
         help="without --prune: regular expression of the weights' keys, {} = layer",
     )
-    found.add_argument("--out", type=some_text, default="analysis", help="folder for prune.json [analysis]")
+    found.add_argument("--out", default="analysis", help="folder for prune.json [analysis]")
     found.add_argument("--plot", action="store_true", help="with --prune: draw figure_prune.png")
     return found
 
@@ -306,7 +291,7 @@ def print_pruning(args):
     args.device, _ = pick_device(args.device)
     folder, results = Path(args.out), {}
     check_output(folder, folder=True)
-    runs = read_runs(args.runs)
+    runs = read_runs(args.runs, args.blocks)
     models = subjects(runs, args.before_norm)
     for run in runs:
         results[run.title] = result = measure_pruning(args, models[run.title])

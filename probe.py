@@ -12,7 +12,6 @@ Two baselines stand beside every run: the same architecture at random initialisa
 Shapes: B batch, N tokens, D width, K blocks; here n clips and L targets.
 """
 
-import argparse
 import copy
 import re
 from collections import defaultdict
@@ -246,33 +245,23 @@ def chance(targets, folds):
 # ---- runs and clips, as the command line names them ----
 
 
-def some_text(text):
-    """A type for argparse: not empty."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty; leave the flag out or give it a value")
-    return text
-
-
 def parser(description):
     """The flags that say which runs to look at and on which clips: those of all programs that read runs."""
     flags = Parser(description)
     add, workers = flags.add_argument, max(1, torch.get_num_threads() // 2)
-    count, text = number(least=1, most=10**6), {"type": some_text}
-    add("runs", nargs="+", metavar="RUN", **text, help="run folder of train.py")
-    add("--data", **text, help="folder of videos, gratings, or double-gratings [generated moving scenes]")
-    add("--train-list", **text, help="videos to fit on, as in train.py --list; without: 3 stratified folds")
-    add("--test-list", **text, help="videos to test on")
+    count = number(least=1, most=10**6)
+    add("runs", nargs="+", metavar="RUN", help="run folder of train.py, or a checkpoint of VideoMAE")
+    add("--blocks", type=count, default=4, help="K that a checkpoint of VideoMAE is cut into [4]")
+    add("--data", help="folder of videos, gratings, or double-gratings [generated moving scenes]")
+    add("--train-list", help="videos to fit on, as in train.py --list; without: 3 stratified folds")
+    add("--test-list", help="videos to test on")
     add("--stride", type=count, default=4, help="take every stride-th frame of a video [4]")
     add("--short", choices=("drop", "repeat"), default="drop", help="rule for short videos [drop]")
     add("--clips", type=count, help="take only this many, drawn at random [scenes: 3000]")
-    add(
-        "--before-norm",
-        action="store_true",
-        help="read the last block before the output LayerNorm [after it]",
-    )
+    add("--before-norm", action="store_true", help="read the last block before the output LayerNorm")
     add("--batch", type=count, default=32, help="clips at a time [32]")
     add("--workers", type=number(least=0, most=1000), default=workers, help=f"that read clips [{workers}]")
-    add("--device", **text, default="auto", help="cpu, cuda or mps [the fastest here]")
+    add("--device", default="auto", help="cpu, cuda or mps [the fastest here]")
     return flags
 
 
@@ -281,7 +270,7 @@ def flags():
     found = parser(__doc__)
     found.add_argument("--k", type=number(least=1, most=10**6), default=20, help="neighbours of k-NN [20]")
     text = "write features, labels and names to exactly this file; no probe"
-    found.add_argument("--features", metavar="FILE.npz", type=some_text, help=text)
+    found.add_argument("--features", metavar="FILE.npz", help=text)
     return found
 
 
@@ -299,12 +288,12 @@ class Run(NamedTuple):
         return self.checkpoint["settings"].get("regime")
 
 
-def read_runs(paths):
+def read_runs(paths, blocks=4):
     """Runs from their folders. ValueError where they cannot be looked at together."""
     runs = []
-    for path in paths:
-        title = Path(path).resolve().name if Path(path).is_dir() else Path(path).resolve().parent.name
-        run = Run(title, re.sub(r"-seed\d+$", "", title), *load(path))
+    for path in map(Path, paths):
+        title = path.resolve().parent.name if path.name == "last.pt" else path.resolve().name
+        run = Run(title, re.sub(r"-seed\d+$", "", title), *load(path, blocks=blocks))
         for other in runs:
             if title == other.title:
                 raise ValueError(f"Two runs are called {title}; rename one of the folders.")
@@ -448,7 +437,7 @@ def probe(args):
     args.device, _ = pick_device(args.device)
     if args.features:
         check_output(args.features)
-    runs = read_runs(args.runs)
+    runs = read_runs(args.runs, args.blocks)
     models = subjects(runs, args.before_norm)
     data = open_data(args, runs[0].model.video)
     if args.features:

@@ -461,6 +461,86 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     assert load(tmp_path)[1]["step"] == 1
 
 
+@pytest.mark.parametrize("form", ["Hugging Face", "q_bias", "authors", "backbone", "safetensors"])
+def test_a_videomae_gives_the_tokens_predictions_and_loss_of_the_peer(form, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 192, "num_hidden_layers": 4}
+    sizes |= {"decoder_hidden_size": 24, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 96}
+    sizes |= {"decoder_num_hidden_layers": 2, "image_size": 32, "num_frames": 4}
+    config = transformers.VideoMAEConfig(**sizes, use_mean_pooling=form == "backbone")
+    peer = (transformers.VideoMAEModel if form == "backbone" else transformers.VideoMAEForPreTraining)(config)
+    with torch.no_grad():
+        for name, p in peer.named_parameters():
+            if p.ndim == 1:  # biases and norms are 0 and 1 at first, and would hide mistakes
+                p.add_(torch.randn_like(p) * 0.2)
+    state = peer.eval().state_dict()
+    if form in ("q_bias", "authors"):  # as published checkpoints have it
+        state = {
+            re.sub(r"\.(query|value)\.bias", lambda m: f".{m[1][0]}_bias", k): v for k, v in state.items()
+        }
+    if form == "authors":
+        for ours, theirs in (
+            ("videomae.embeddings.patch_embeddings.projection", "encoder.patch_embed.proj"),
+            ("videomae.encoder.layer", "encoder.blocks"),
+            ("videomae.layernorm", "encoder.norm"),
+            ("decoder.decoder_layers", "decoder.blocks"),
+            ("attention.attention.q_bias", "attn.q_bias"),
+            ("attention.attention.v_bias", "attn.v_bias"),
+            ("attention.attention", "attn"),
+            ("attention.output.dense", "attn.proj"),
+            ("intermediate.dense", "mlp.fc1"),
+            ("output.dense", "mlp.fc2"),
+            ("layernorm_before", "norm1"),
+            ("layernorm_after", "norm2"),
+        ):
+            state = {key.replace(ours, theirs): value for key, value in state.items()}
+        for key in [key for key in state if key.endswith("attn.query.weight")]:
+            parts = [state.pop(key.replace("query", part)) for part in ("query", "key", "value")]
+            state[key.replace("query", "qkv")] = torch.cat(parts)
+        state = {
+            "model": {f"module.{key}": value for key, value in state.items()},
+            "args": argparse.Namespace(),
+        }
+    if form == "safetensors":
+        pytest.importorskip("safetensors").torch.save_file(state, tmp_path / "model.safetensors")
+    else:
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    config.save_pretrained(tmp_path)
+    model, _ = load(tmp_path, blocks=2)
+
+    video = clips(2, (4, 32, 32))
+    visible, masked = tube_mask(2, model.grid, 0.5)
+    pixels = (video.float() / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    pixels = pixels.permute(0, 1, 4, 2, 3)
+    with torch.no_grad():
+        backbone = peer if form == "backbone" else peer.videomae
+        expected = backbone(pixels).last_hidden_state
+        torch.testing.assert_close(model.encode(video)["block2"], expected, rtol=1e-5, atol=1e-5)
+        found = model.reconstruct(video, visible, masked)
+        if form == "backbone":
+            assert found == {}
+            return
+        mask = torch.zeros(2, math.prod(model.grid), dtype=torch.bool).scatter(1, masked, True)
+        of_peer = peer(pixels, bool_masked_pos=mask)
+        torch.testing.assert_close(found["block2"], of_peer.logits, rtol=1e-4, atol=1e-5)
+        target = normalized_targets(gather_tokens(patchify(video, model.tubelet), masked))[0]
+        torch.testing.assert_close(F.mse_loss(found["block2"], target), of_peer.loss, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_are_no_videomae_are_refused_by_name(tmp_path):
+    torch.save({"conv.weight": torch.zeros(3, 3)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"neither of VideoMAE; it holds conv.weight"):
+        load(tmp_path / "other.pt")
+    kernel = {
+        "patch_embed.proj.weight": torch.zeros(24, 3, 2, 16, 16),
+        "patch_embed.proj.bias": torch.zeros(24),
+    }
+    torch.save(kernel | {"blocks.0.mlp.fc1.bias": torch.zeros(96), "odd": kernel}, tmp_path / "part.pt")
+    with pytest.raises(ValueError, match="part.pt is not a checkpoint"):
+        load(tmp_path / "part.pt", blocks=1)
+
+
 # ---- data.py: generated clips ----
 
 
