@@ -2375,7 +2375,7 @@ def test_a_checkpoint_with_code_is_refused_and_the_code_does_not_run(tmp_path, c
     torch.save({"model": Code(tmp_path / "made")}, tmp_path / "code.pt")
     torch.save({"model": {"step": 3}}, tmp_path / "empty.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
-    for name, sentence in (("code", "not read"), ("text", "no checkpoint"), ("empty", "no state_dict")):
+    for name, sentence in (("code", "not read"), ("text", "not a checkpoint"), ("empty", "no state_dict")):
         message = refused(gardener, [tmp_path / f"{name}.pt"], capsys)
         assert sentence in message and "weights_only" not in message
     assert not (tmp_path / "made").exists()
