@@ -126,7 +126,11 @@ def occlude(video, patch=(16, 16), *, halves=False, blank=0, generator=None):
     """
     _, H, W, _ = video.shape
     kept = torch.full_like(video, blank)
-    sides = [(0, W // patch[1] // 2), (W // patch[1] // 2, W // patch[1])] if halves else [(0, W // patch[1])]
+    columns = W // patch[1]
+    if halves and columns < 2:
+        raise ValueError(f"Clips {W} pixels wide have no {patch[1]} pixels to show in each half.")
+    # Of an odd number of columns, the middle one lies in neither half.
+    sides = [(0, columns // 2), ((columns + 1) // 2, columns)] if halves else [(0, columns)]
     for first, last in sides:
         top = int(torch.randint(H // patch[0], (), generator=generator)) * patch[0]
         left = int(torch.randint(first, last, (), generator=generator)) * patch[1]

@@ -90,7 +90,18 @@ def case(args, regime, blocks, slices):
     if args.compile:
         for part in [*model.blocks.values(), *model.decoders.values()]:
             part.compile()
-    return model, lambda: train_step(model, optimizers, *batch, dtype=dtype, slices=slices)
+
+    def step():
+        train_step(model, optimizers, *batch, dtype=dtype, slices=slices)
+
+    step.learning = learning(optimizers)
+    return model, step
+
+
+def learning(optimizers):
+    """Number of weights that optimizers train."""
+    groups = [group for optimizer in filter(None, optimizers) for group in optimizer.param_groups]
+    return sum(p.numel() for group in groups for p in group["params"])
 
 
 def peer_case(args):
@@ -123,6 +134,7 @@ def peer_case(args):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    step.learning = learning([optimizer])
     return model, step
 
 
@@ -147,7 +159,8 @@ def costs(model, step, device):
     with saved_bytes(model) as saved:
         step()
     found = {"GFLOP": counter.get_total_flops() / 1e9, "saved MB": saved["peak"] / 2**20}
-    found["state MB"] = 4 * 4 * sum(p.numel() for p in model.parameters()) / 2**20
+    weights = sum(p.numel() for p in model.parameters())
+    found["state MB"] = 4 * (weights + 3 * step.learning) / 2**20
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -175,8 +188,8 @@ def matmul_rate(args, size=2048):
     a = torch.randn(size, size, device=args.device).to(
         torch.bfloat16 if args.dtype == "bf16" else torch.float32
     )
-    seconds = time_in_turn({"": lambda: a @ a}, 10, args.device)[""]
-    return 2 * size**3 / float(np.median(seconds)) / 1e9
+    seconds = time_in_turn({"": lambda: a @ a}, 20, args.device)[""]
+    return 2 * size**3 / min(seconds) / 1e9
 
 
 def plot_memory(saved, path, *, title=""):

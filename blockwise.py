@@ -70,7 +70,8 @@ def train_step(model, optimizers, video, visible, masked, *, dtype=None, clip=No
     target = normalized_targets(gather_tokens(patches, masked))[0]  # (B, M, P)
     h = gather_tokens(patches, visible)  # (B, V, P)
     for group, optimizer in zip(model.groups, optimizers):
-        h, outputs, gradients = h.detach(), [], []  # stop-gradient: h_k = f_k(sg(h_{k-1}))
+        h = h.detach()  # stop-gradient: h_k = f_k(sg(h_{k-1}))
+        outputs, gradients = [], []
         for name in group:
             with torch.set_grad_enabled(optimizer is not None), autocast(h, dtype):
                 h = model.blocks[name](h, visible)  # (B, V, D)
@@ -288,6 +289,8 @@ def check_sizes(config):
             raise ValueError(
                 f"{size} {what} is not a multiple of the tubelet's {part}; try {near} or {near + part}."
             )
+    if config["tubelet"] and torch.Size(config["tubelet"]).numel() < 2:
+        raise ValueError("A tubelet of one pixel has no contrast to predict; take a larger --tubelet.")
     for width, heads in (("width", "heads"), ("decoder_width", "decoder_heads")):
         if config[width] % (2 * config[heads]):
             raise ValueError(f"{width} {config[width]} is not an even multiple of {heads} {config[heads]}.")

@@ -27,6 +27,7 @@ import signal
 import stat
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -749,12 +750,23 @@ def keep_buffers():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def free_workers(error):
+    """Let go of a loader that failed. Python would wait for ever for its workers, which ignore signals."""
+    if hasattr(signal, "SIGCHLD"):  # not on Windows; torch's handler would raise again meanwhile
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    traceback.clear_frames(error.__traceback__)
+
+
 @contextlib.contextmanager
 def program():
     """Around the main() of every program: what ends it ends it with one sentence and without a traceback."""
     keep_buffers()
     try:
-        yield
+        try:
+            yield
+        except Exception as error:
+            free_workers(error)
+            raise
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # | head

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -192,7 +193,7 @@ def main(arguments=None):
         )
     print(f"{len(broken)} broken")
     if args.target:
-        print(f"Train with --data {printable(args.target)} --stride {stride}")
+        print(f"Train with --data {shlex.quote(printable(args.target))} --stride {stride}")
 
 
 if __name__ == "__main__":

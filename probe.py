@@ -167,7 +167,9 @@ class Pixels(torch.nn.Module):
     def encode(self, video):
         """video (B, T, H, W, C) uint8 to {"middle frame": (B, 1, 768), "frame changes": (B, 1, 768)}."""
         x = video.permute(0, 1, 4, 2, 3).float() / 255  # (B, T, C, H, W)
-        parts = {"middle frame": x[:, x.shape[1] // 2], "frame changes": x.diff(dim=1).abs().mean(dim=1)}
+        parts = {"middle frame": x[:, x.shape[1] // 2]}
+        if x.shape[1] > 1:
+            parts["frame changes"] = x.diff(dim=1).abs().mean(dim=1)
         return {name: F.adaptive_avg_pool2d(part, 16).flatten(1).unsqueeze(1) for name, part in parts.items()}
 
 
@@ -391,7 +393,9 @@ def split(targets, labels, sizes):
         folds = stratified_folds(targets[:, 0])
     for train, test in folds:
         if min(len(train), len(test)) == 0:
-            raise ValueError(f"{len(targets)} clips are too few to fit and to test on.")
+            raise ValueError(
+                f"{len(targets)} clips are too few to fit and to test on; take more with --clips or more videos."
+            )
         for name, y in zip(labels, targets.T):
             fitted, tested = set(y[train].tolist()), set(y[test].tolist())
             if len(fitted) == 1:

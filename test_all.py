@@ -1463,7 +1463,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert load(out)[1]["step"] == 0
     assert run(*TINY_RUN, "--steps", 6, "--lr", 1e30, "--out", tmp_path / "wild") == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "not finite" in message and "Try a lower --lr" in message
+    assert "not finite" in message and "with a lower --lr" in message
 
 
 def test_training_on_a_folder_names_what_is_left_out(folder, tmp_path, capsys):

@@ -17,7 +17,6 @@ import shlex
 import signal
 import sys
 import time
-import traceback
 import types
 import typing
 from argparse import SUPPRESS, BooleanOptionalAction
@@ -39,7 +38,9 @@ from data import (
     Parser,
     Scenes,
     Videos,
+    check_output,
     fail,
+    free_workers,
     loader,
     number,
     pick_device,
@@ -197,6 +198,8 @@ def resolve_defaults(config):
     for name in recipe.keys() - ({"steps", "epochs"} if config.steps or config.epochs else set()):
         if getattr(config, name) is None:
             setattr(config, name, recipe[name])
+    if config.min_lr > config.lr:
+        raise ValueError(f"--min-lr {config.min_lr} is more than --lr {config.lr}; lower it.")
     return why
 
 
@@ -209,16 +212,18 @@ def resumed(Config, config, given):
     odd = sorted(map(str, saved.keys() ^ names)) if isinstance(saved, dict) else ["all"]
     if odd or not checkpoint.keys() >= {"optimizers", "data"}:
         which = f"settings {', '.join(odd[:9])}" if odd else "no optimizers"
-        raise ValueError(f"The checkpoint in {config.out} was not written by {config.program} ({which}).")
-    elsewhere = {"resume", "out", "device", "workers"}
-    for name in given - elsewhere - {"data", "list"}:
+        raise ValueError(
+            f"The checkpoint in {config.out} was not written by {config.program} ({which}); go on with the program that started it."
+        )
+    elsewhere, moved = {"resume", "out", "device", "workers"}, {"data", "list", "decoder_slices"}
+    for name in given - elsewhere - moved:
         value = getattr(config, name)
         if value not in (saved[name], "auto"):
             raise ValueError(
                 f"{config.out} was started with {flag(name)} {saved[name]}, not {value}; leave it out to go "
                 "on with that run, or start another one with --out."
             )
-    here = {name: getattr(config, name) for name in elsewhere | ({"data", "list"} & given)}
+    here = {name: getattr(config, name) for name in elsewhere | (moved & given)}
     return Config(**(saved | here)), model, checkpoint
 
 
@@ -595,22 +600,22 @@ def draw(model, clips, path, blocks):
 
 
 @torch.no_grad()
-def evaluate(model, clips, path, blocks):
-    """What the log says of fixed clips: {"eval_loss": by block, "features": {...}}; draws them as draw().
+def evaluate(model, clips, out, step, blocks):
+    """What the log says of fixed clips: {"eval_loss": by block, "features": {...}}; draws them into `out`.
 
     features: do the final features of clips still differ? Their standard deviation over clips, mean over
     dimensions, and their effective rank; both fall when a representation collapses.
     """
     x = list(model.encode(clips[0]).values())[-1].mean(dim=1)  # (B, D)
     if not torch.isfinite(x).all():
-        raise FloatingPointError("The features are not finite")
+        raise FloatingPointError(f"The features are not finite, first noticed at step {step}")
     share = torch.linalg.svdvals(x.double() - x.double().mean(dim=0)).square()
     share = share / share.sum()
     spread = {
-        "std": x.std(dim=0).mean().item(),
-        "effective_rank": torch.special.entr(share).sum().exp().item(),
+        "std": x.std(dim=0).mean().nan_to_num().item(),  # 0 for a single clip
+        "effective_rank": torch.special.entr(share.nan_to_num()).sum().exp().item(),
     }
-    return {"eval_loss": draw(model, clips, path, blocks), "features": spread}
+    return {"eval_loss": draw(model, clips, out / f"recon_{step:06d}.png", blocks), "features": spread}
 
 
 # ---- training ----
@@ -629,6 +634,8 @@ def train(config, model, source, checkpoint, why, Learner):
     learner = Learner(config, model, steps, checkpoint)
     leads = learner.rank == 0
     if leads:
+        if checkpoint is None:
+            check_output(out, folder=True)
         describe(config, model, source, why, total - done)
         clips = fixed_clips(config, model, source)
         start_folder(config, model, source, checkpoint)
@@ -662,7 +669,7 @@ def train(config, model, source, checkpoint, why, Learner):
                 record = {"step": done, "epoch": epoch, "lr": lr, "loss": losses, "grad_norm": norms}
                 if draws:
                     trained = [name for group in whole.groups[: len(optimizers)] for name in group]
-                    record.update(evaluate(whole, clips, out / f"recon_{done:06d}.png", trained))
+                    record.update(evaluate(whole, clips, out, done, trained))
                 log.write(record)
                 if ends or due:
                     save_run(config, whole, optimizers, source, done)
@@ -734,19 +741,14 @@ def explain(error, config):
     if isinstance(error, BrokenVideos):
         return error, 2
     if isinstance(error, FloatingPointError):
-        return f"{error}. {kept}. Try a lower --lr, --clip 1, --dtype fp32.", 1
+        return f"{error}. {kept}, or start anew with a lower --lr, --clip 1 or --dtype fp32.", 1
     if isinstance(error, dist.DistError) or "gloo/" in str(error):
         return f"Another process has ended, so all end. {kept}.", 1
     if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
-        return (
-            f"A process that reads clips died, out of memory perhaps. {kept} --workers {config.workers // 2}.",
-            1,
-        )
+        fewer = f"--workers {config.workers // 2}"
+        return f"A process that reads clips died, out of memory perhaps. {kept} {fewer}.", 1
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
-        return (
-            f"Out of memory; a smaller --batch or --pixels, or more --decoder-slices, needs less. {kept}.",
-            1,
-        )
+        return f"Out of memory. {kept} and more --decoder-slices, or start anew with a smaller --batch.", 1
     if isinstance(error, OSError):  # a full disk, for example
         return f"{error}. {kept}.", 1
     return None, 1
@@ -760,11 +762,7 @@ def main(arguments=None, *, Config=Config, Learner=Learner, manual=__doc__):
         try:
             stopped = train(config, *run, Learner)
         except Exception as error:
-            # Frees the loader, which ends its workers. Python would wait for them for ever: they ignore
-            # SIGTERM.
-            if hasattr(signal, "SIGCHLD"):  # not on Windows; torch's handler would raise again meanwhile
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            traceback.clear_frames(error.__traceback__)
+            free_workers(error)
             sentence, code = explain(error, config)
             if sentence is None:
                 raise
@@ -775,12 +773,12 @@ def main(arguments=None, *, Config=Config, Learner=Learner, manual=__doc__):
         again = f"{start} {config.program} --resume --out {shlex.quote(config.out)}"
         print(f"stopped and saved; go on with: {again}", flush=True)
     elif rank == 0:
-        on = (
-            f" --data {shlex.quote(config.data)} --stride {config.stride} --short {config.short}"
-            if config.data
-            else ""
-        )
-        print(f"next, what can be read from the blocks: python probe.py {shlex.quote(config.out)}{on}")
+        command = ["python", "probe.py", config.out]
+        if config.data:
+            command += ["--data", config.data, "--stride", str(config.stride), "--short", config.short]
+        if config.list:
+            command += ["--train-list", config.list, "--test-list", "LIST"]
+        print(f"next, what can be read from the blocks: {shlex.join(command)}")
     if stopped:
         sys.exit(128 + stopped)
 
