@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from analyze import pyplot
 from blockwise import REGIMES, Blockwise, autocast, make_optimizers, train_step
 from data import Parser, check_output, number, pick_device, program
 from model import SIZES, gather_tokens, normalized_targets, patchify, tube_mask
@@ -194,13 +195,7 @@ def matmul_rate(args, size=2048):
 
 def plot_memory(saved, path, *, title=""):
     """Draw the saved activations of a step against K. saved: {K: {way: megabytes}}."""
-    try:
-        import matplotlib
-    except ImportError:
-        return print("(no picture: pip install matplotlib draws one)")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
     for way in next(iter(saved.values())):
         axis.plot(list(saved), [row[way] for row in saved.values()], marker="o", label=way)
@@ -244,9 +239,9 @@ def benchmark(args):
         for way in ("summed", "block by block"):
             rows = written["saved MB by K"].values()
             print(f"{way:14}" + "".join(f"{row[way]:9.1f}" for row in rows))
-        plot_memory(
-            written["saved MB by K"], args.out / "memory.png", title=f"{args.size}, batch {args.batch}"
-        )
+        with contextlib.suppress(ValueError):  # no matplotlib: no picture of the second table
+            title = f"{args.size}, batch {args.batch}"
+            plot_memory(written["saved MB by K"], args.out / "memory.png", title=title)
     (args.out / "bench.json").write_text(json.dumps(written, indent=1, default=str) + "\n")
     print(f"\n{args.out}/bench.json")
 

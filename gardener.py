@@ -290,8 +290,8 @@ def print_pruning(args):
         pyplot()
     args.device, _ = pick_device(args.device)
     folder, results = Path(args.out), {}
-    check_output(folder, folder=True)
     runs = read_runs(args.runs, args.blocks)
+    check_output(folder, folder=True)
     models = subjects(runs, args.before_norm)
     for run in runs:
         results[run.title] = result = measure_pruning(args, models[run.title])
