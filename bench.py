@@ -25,7 +25,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from analyze import pyplot
 from blockwise import REGIMES, Blockwise, autocast, make_optimizers, train_step
 from data import Parser, check_output, number, pick_device, program
 from model import SIZES, gather_tokens, normalized_targets, patchify, tube_mask
@@ -59,18 +58,21 @@ def saved_bytes(model):
         yield count
 
 
-def summed_loss(model, video, visible, masked, dtype=None):
+def summed_loss(model, video, visible, masked):
     """The sum of all local losses in one graph: the obvious way, which train_step() is compared with."""
     patches, total = patchify(video, model.tubelet), 0.0  # (B, N, P)
     target = normalized_targets(gather_tokens(patches, masked))[0]  # (B, M, P)
-    h = gather_tokens(patches, visible)  # (B, V, P)
-    with autocast(video, dtype):
-        for name, block in model.blocks.items():
-            isolated = REGIMES[model.config["regime"]].stop_gradient
-            h = block(h.detach() if isolated else h, visible)  # (B, V, D)
-            if name in model.decoders:
-                total = total + F.mse_loss(model.decoders[name](h, visible, masked).float(), target)
+    h, isolated = gather_tokens(patches, visible), REGIMES[model.config["regime"]].stop_gradient  # (B, V, P)
+    for name, block in model.blocks.items():
+        h = block(h.detach() if isolated else h, visible)  # (B, V, D)
+        if name in model.decoders:
+            total = total + F.mse_loss(model.decoders[name](h, visible, masked), target)
     return total
+
+
+def precision(args):
+    """What train_step() takes as dtype."""
+    return torch.bfloat16 if args.dtype == "bf16" else None
 
 
 def noise(args, model):
@@ -87,13 +89,13 @@ def case(args, regime, blocks, slices):
     torch.manual_seed(0)
     model = Blockwise(**SIZES[args.size], regime=regime, blocks=blocks).to(args.device).train()
     optimizers = make_optimizers(model, stage=model.stages - 1)  # sequential: its last stage, the dearest
-    batch, dtype = noise(args, model), torch.bfloat16 if args.dtype == "bf16" else None
+    batch = noise(args, model)
     if args.compile:
         for part in [*model.blocks.values(), *model.decoders.values()]:
             part.compile()
 
     def step():
-        train_step(model, optimizers, *batch, dtype=dtype, slices=slices)
+        train_step(model, optimizers, *batch, dtype=precision(args), slices=slices)
 
     step.learning = learning(optimizers)
     return model, step
@@ -113,15 +115,13 @@ def peer_case(args):
         raise ValueError("--peer needs transformers; install it with: pip install transformers") from None
     ours = Blockwise(**SIZES[args.size], regime="e2e")
     c, (video, _, masked) = ours.config, noise(args, ours)
-    names = (
-        "hidden_size num_attention_heads intermediate_size decoder_hidden_size decoder_num_attention_heads"
-    )
-    names += (
-        " decoder_intermediate_size decoder_num_hidden_layers tubelet_size patch_size num_frames image_size"
-    )
-    values = [c["width"], c["heads"], 4 * c["width"], c["decoder_width"], c["decoder_heads"]]
-    values += [4 * c["decoder_width"], c["decoder_depth"], ours.tubelet[0], ours.tubelet[1], *ours.video[:2]]
-    model = VideoMAEForPreTraining(VideoMAEConfig(**dict(zip(names.split(), values)))).to(args.device).train()
+    shape = {"tubelet_size": ours.tubelet[0], "patch_size": ours.tubelet[1]}
+    shape |= {"num_frames": ours.video[0], "image_size": ours.video[1]}
+    for part in ("", "decoder_"):
+        width, heads, depth = (c[f"{part}{name}"] for name in ("width", "heads", "depth"))
+        shape |= {f"{part}hidden_size": width, f"{part}intermediate_size": 4 * width}
+        shape |= {f"{part}num_attention_heads": heads, f"{part}num_hidden_layers": depth}
+    model = VideoMAEForPreTraining(VideoMAEConfig(**shape)).to(args.device).train()
     mask = torch.zeros(args.batch, math.prod(ours.grid), dtype=torch.bool, device=args.device)
     mask.scatter_(1, masked, True)
     pixels = video.permute(0, 1, 4, 2, 3).float() / 255  # (B, T, C, H, W)
@@ -129,7 +129,7 @@ def peer_case(args):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step():
-        with autocast(pixels, torch.bfloat16 if args.dtype == "bf16" else None):
+        with autocast(pixels, precision(args)):
             loss = model(pixels, bool_masked_pos=mask).loss
         loss.backward()
         optimizer.step()
@@ -184,30 +184,15 @@ def saved_by_blocks(args):
     return found
 
 
-def matmul_rate(args, size=2048):
+def matmul_rate(args, size=1024):
     """The machine's own GFLOP/s, by a large matrix product."""
-    a = torch.randn(size, size, device=args.device).to(
-        torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    )
-    seconds = time_in_turn({"": lambda: a @ a}, 20, args.device)[""]
+    a = torch.randn(size, size, device=args.device, dtype=precision(args) or torch.float32)
+    seconds = time_in_turn({"": lambda: a @ a}, 8, args.device)[""]
     return 2 * size**3 / min(seconds) / 1e9
 
 
-def plot_memory(saved, path, *, title=""):
-    """Draw the saved activations of a step against K. saved: {K: {way: megabytes}}."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    for way in next(iter(saved.values())):
-        axis.plot(list(saved), [row[way] for row in saved.values()], marker="o", label=way)
-    axis.set(yscale="log", xticks=list(saved), xlabel="blocks K", ylabel="saved activations, MB", title=title)
-    axis.grid(alpha=0.3, which="both")
-    axis.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def benchmark(args):
-    """Print the tables; write bench.json and memory.png."""
+    """Print the tables; write bench.json."""
     cases = {"e2e": case(args, "e2e", args.blocks, args.slices)}
     if args.peer:
         cases["Hugging Face"] = peer_case(args)
@@ -218,10 +203,8 @@ def benchmark(args):
             cases[regime] = case(args, regime, args.blocks, args.slices)
     rate = matmul_rate(args)
     seconds = time_in_turn({name: step for name, (_, step) in cases.items()}, args.rounds, args.device)
-    print(
-        f"{args.size}, K = {args.blocks}, batch {args.batch}, {args.device}, {args.dtype}, {torch.__version__}"
-    )
-    print(f"a large matrix product runs at {rate:.0f} GFLOP/s")
+    print(f"{args.size}, K = {args.blocks}, batch {args.batch}, {args.device}, {args.dtype}")
+    print(f"torch {torch.__version__}; a large matrix product runs at {rate:.0f} GFLOP/s")
     found, e2e = {}, np.array(seconds["e2e"])
     for name, (model, step) in cases.items():
         ms = 1e3 * float(np.median(seconds[name]))
@@ -239,9 +222,6 @@ def benchmark(args):
         for way in ("summed", "block by block"):
             rows = written["saved MB by K"].values()
             print(f"{way:14}" + "".join(f"{row[way]:9.1f}" for row in rows))
-        with contextlib.suppress(ValueError):  # no matplotlib: no picture of the second table
-            title = f"{args.size}, batch {args.batch}"
-            plot_memory(written["saved MB by K"], args.out / "memory.png", title=title)
     (args.out / "bench.json").write_text(json.dumps(written, indent=1, default=str) + "\n")
     print(f"\n{args.out}/bench.json")
 

@@ -76,14 +76,13 @@ def train_step(model, optimizers, video, visible, masked, *, dtype=None, clip=No
             with torch.set_grad_enabled(optimizer is not None), autocast(h, dtype):
                 h = model.blocks[name](h, visible)  # (B, V, D)
             if name in model.decoders and optimizer is not None:
-                losses[name], gradient = decoder_backward(  # L_k and dL_k / dh_k
-                    model.decoders[name], h, visible, masked, target, slices=slices, dtype=dtype
-                )
+                local = (model.decoders[name], h, visible, masked, target)
+                losses[name], gradient = decoder_backward(
+                    *local, slices=slices, dtype=dtype
+                )  # L_k, dL_k / dh_k
                 outputs, gradients = [*outputs, h], [*gradients, gradient]
         if optimizer is not None:
-            torch.autograd.backward(
-                outputs, gradients
-            )  # at once: this graph is freed before the next is built
+            torch.autograd.backward(outputs, gradients)  # at once: this graph is gone before the next one
             norms |= optimizer_step(model, group, optimizer, clip=clip, reduce=reduce)  # of this group alone
     return losses, norms
 
@@ -140,8 +139,7 @@ def make_optimizers(model, *, stage=0, lr=1e-4, betas=(0.9, 0.95), weight_decay=
     stage: 0-based, for the sequential regime only: the blocks before it are frozen, those after it are not
     reached.
     """
-    # Paper does not say: betas, and that biases, norms and mask tokens have no weight decay. Both are
-    # VideoMAE's.
+    # Paper does not say: betas, and that biases, norms and mask tokens do not decay. Both are VideoMAE's.
     groups, optimizers = model.groups, []
     if REGIMES[model.config["regime"]].staged:
         groups, optimizers = groups[stage : stage + 1], [None] * stage
@@ -168,9 +166,7 @@ class Block(nn.Module):
         self.embedding, self.layers, self.norm = embedding, nn.ModuleList(layers), norm
 
     def forward(self, h, index):
-        """h: (B, V, D) tokens of the block before, for block 1 (B, V, P) pixels; index: (B, V), their
-        places.
-        """
+        """h: (B, V, D) tokens of the block before, for block 1 (B, V, P) pixels; index: (B, V), their places."""
         if self.embedding is not None:
             h = self.embedding(h, index)  # (B, V, D)
         for layer in self.layers:
@@ -179,16 +175,12 @@ class Block(nn.Module):
 
 
 class Blockwise(nn.Module):
-    """A video ViT in K blocks, with the decoders that its regime needs. Defaults: the paper's ViT-Tiny, K =
-    4.
+    """A video ViT in K blocks, with the decoders that its regime needs. Defaults: ViT-Tiny in 4 blocks.
 
-    blocks: K, which must divide depth. regime: a key of REGIMES. video: (T, H, W) of a clip. tubelet: the
-    size of one token, in the same order. depth: encoder layers in all. The others are transformer widths,
-    layers and heads. decoder_values: how many values the decoders predict per token; None: the tubelet's
-    pixels.
-    `blocks` and `decoders` are keyed "block1".."blockK"; `groups` lists the sets of names that one backward
-    trains.
-    Raises ValueError where sizes do not fit together.
+    blocks: K, which must divide depth. regime: a key of REGIMES. video: (T, H, W) of a clip. tubelet: size of
+    one token, in the same order. depth: encoder layers in all. The others are transformer widths, layers and
+    heads. decoder_values: how many a decoder predicts per token; None: the tubelet's pixels.
+    `blocks` and `decoders` are keyed "block1".."blockK". Raises ValueError where sizes do not fit together.
     """
 
     def __init__(
@@ -214,8 +206,7 @@ class Blockwise(nn.Module):
         tokens, values = torch.Size(self.grid).numel(), torch.Size(tubelet).numel() * 3
         names = [f"block{k}" for k in range(1, blocks + 1)]
 
-        # The encoder is made before the decoders, so that one seed gives the same one at every K and in every
-        # regime.
+        # The encoder comes before the decoders: one seed gives the same one at every K and in every regime.
         embedding = TubeletEmbedding(tokens=tokens, values=values, width=width)
         layers = [Layer(width=width, heads=heads) for _ in range(depth)]
         norm = nn.LayerNorm(width, eps=1e-6)
@@ -248,8 +239,7 @@ class Blockwise(nn.Module):
         return len(self.groups) if REGIMES[self.config["regime"]].staged else 1
 
     def encode(self, video):
-        """Representation after every block, nothing masked (Sec. 4): {"block1": (B, N, D), ..., "blockK":
-        ...}.
+        """Representation after every block, nothing masked (Sec. 4): {"block1": (B, N, D), ...}.
 
         video: (B, T, H, W, C) uint8, or float in 0..1.
         """
@@ -285,11 +275,10 @@ def check_sizes(config):
     axes = ("frames", "pixels in height", "pixels in width")
     for what, size, part in zip(axes, config["video"], config["tubelet"]):
         if part < 1 or size < part or size % part:
-            near = max(1, size // max(part, 1)) * max(part, 1)
-            raise ValueError(
-                f"{size} {what} is not a multiple of the tubelet's {part}; try {near} or {near + part}."
-            )
-    if config["tubelet"] and torch.Size(config["tubelet"]).numel() < 2:
+            near = max(1, part, size // max(1, part) * part)
+            fix = f"try {near} or {near + part}"
+            raise ValueError(f"{size} {what} is not a multiple of the tubelet's {part}; {fix}.")
+    if torch.Size(config["tubelet"]).numel() < 2:
         raise ValueError("A tubelet of one pixel has no contrast to predict; take a larger --tubelet.")
     for width, heads in (("width", "heads"), ("decoder_width", "decoder_heads")):
         if config[width] % (2 * config[heads]):
@@ -297,12 +286,9 @@ def check_sizes(config):
 
 
 def count_parameters(model):
-    """Parameters of each part: {"block1": n, ..., "decoder of block1": n, ...}; in all P_enc + K * P_dec
-    (Sec. 3.3).
-    """
-    counts = {name: sum(p.numel() for p in block.parameters()) for name, block in model.blocks.items()}
-    decoders = model.decoders.items()
-    return counts | {f"decoder of {name}": sum(p.numel() for p in d.parameters()) for name, d in decoders}
+    """Parameters by part, {"block1": n, ..., "decoder of block1": n, ...}: P_enc + K * P_dec (Sec. 3.3)."""
+    parts = dict(model.blocks.items()) | {f"decoder of {name}": d for name, d in model.decoders.items()}
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 
 def save(path, model, optimizers, *, step, settings, data=""):
@@ -352,8 +338,7 @@ def load(path, device="cpu", *, blocks=4):
 def read_checkpoint(path):
     """(file, the dict in it) of a checkpoint of torch or safetensors, read as data: no code in it is run.
 
-    path: a file, or a folder of train.py or Hugging Face. Raises ValueError, with the reason, if it cannot be
-    read.
+    path: a file, or a folder of train.py or Hugging Face. Raises ValueError with the reason.
     """
     names = ("last.pt", "model.safetensors", "pytorch_model.bin")
     files = [Path(path) / name for name in names] if Path(path).is_dir() else [Path(path)]
@@ -431,12 +416,11 @@ def load_videomae(path, state, *, blocks=4, device="cpu"):
     config = {"blocks": blocks, "regime": "e2e", "tubelet": tuple(kernel.shape[2:]), "width": width}
     config["video"] = (settings.get("num_frames", 16), pixels, pixels)
     config["heads"] = settings.get("num_attention_heads", max(1, width // 64))
-    config["depth"] = sum(key.startswith("layers.") and key.endswith(".fc1.bias") for key in found)
+    config["depth"] = sum(bool(re.match(r"layers\..*\.fc1\.bias", key)) for key in found)
     if decoder:
         width = config["decoder_width"] = len(found["decoder.embed.weight"])
         config["decoder_heads"] = settings.get("decoder_num_attention_heads", max(1, width // 64))
-        depth = sum(key.startswith("decoder.layers.") and key.endswith(".fc1.bias") for key in found)
-        config["decoder_depth"] = depth
+        config["decoder_depth"] = sum(bool(re.match(r"decoder\.layers\..*\.fc1\.bias", key)) for key in found)
         found["decoder.mask_token"] = found["decoder.mask_token"].flatten()
     found["embedding.linear.weight"] = kernel.permute(0, 2, 3, 4, 1).flatten(1)  # (D, P), as in patchify()
     model, last = Blockwise(**config), f"block{blocks}"
@@ -448,28 +432,17 @@ def load_videomae(path, state, *, blocks=4, device="cpu"):
         if match := re.match(r"layers\.(\d+)\.", key):
             k, layer = divmod(int(match[1]), config["depth"] // blocks)
             return f"blocks.block{k + 1}.layers.{layer}.{key[match.end() :]}"
-        part = {
-            "embedding": "blocks.block1.embedding",
-            "norm": f"blocks.{last}.norm",
-            "decoder": f"decoders.{last}",
-        }
         first, _, rest = key.partition(".")
-        return f"{part.get(first, first)}.{rest}"
+        owner = {"embedding": "blocks.block1", "norm": f"blocks.{last}"}.get(first)
+        return f"decoders.{last}.{rest}" if first == "decoder" else f"{owner}.{key}" if owner else key
 
     fitted = join_qkv({place(key): value for key, value in found.items()})
     missing, unexpected = model.load_state_dict(fitted, strict=False)
     if missing or unexpected:
-        raise ValueError(
-            f"no VideoMAE: without {', '.join(missing[:9])}; not known: {', '.join(unexpected[:9])}"
-        )
-    checkpoint = {
-        "config": config,
-        "settings": {"regime": "e2e", "seed": 0},
-        "step": 0,
-        "optimizers": [],
-        "data": "",
-    }
-    return model.to(device).eval(), checkpoint
+        which = f"without {', '.join(missing[:9])}; not known: {', '.join(unexpected[:9])}"
+        raise ValueError(f"no VideoMAE: {which}")
+    settings = {"regime": "e2e", "seed": 0}
+    return model.to(device).eval(), {"config": config, "settings": settings, "step": 0}
 
 
 def join_qkv(state):

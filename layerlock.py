@@ -26,6 +26,7 @@ from tqdm import tqdm
 import train
 from blockwise import autocast, decoder_backward, optimizer_step, trainable
 from model import gather_tokens, normalized_targets, patchify
+from train import option
 
 
 def layerlock_step(
@@ -109,20 +110,16 @@ class Config(train.Config):
     """train.py's settings, and the schedule."""
 
     program: ClassVar[str] = "layerlock.py"
-    regime: Literal["layerlock"] = train.option("layerlock", "the only one here")
-    blocks: int = train.option(
-        12, "K, what is frozen at a time; the paper's is one layer", least=2, most=1000
+    regime: Literal["layerlock"] = option("layerlock", "the only one here")
+    blocks: int = option(12, "K, what is frozen at a time; the paper's is one layer", least=2, most=1000)
+    target: Literal["latent", "pixels"] = option(
+        "latent", "once a block is frozen: its output, or still pixels"
     )
-    target: Literal["latent", "pixels"] = train.option(
-        "latent", "what is predicted once a block is frozen: the newest frozen one's output, or still pixels"
+    freeze_start: int | None = option(
+        None, "steps before block 1 freezes; -1: none ever (1/3 of all)", least=-1
     )
-    freeze_start: int | None = train.option(
-        None, "steps before the first block is frozen; -1: none ever (default: 1/3 of all)", least=-1
-    )
-    freeze_every: int | None = train.option(
-        None, "steps from one block to the next; 0: all at once (default: up to the end)", least=0
-    )
-    freeze_until: int | None = train.option(None, "blocks frozen in the end (default: 2/3 of K)", least=1)
+    freeze_every: int | None = option(None, "steps to the next; 0: all at once (up to the end)", least=0)
+    freeze_until: int | None = option(None, "blocks frozen in the end (2/3 of K)", least=1)
 
     def folder(self):
         """Runs of another target have another name."""
@@ -170,11 +167,9 @@ class LayerLock(train.Learner):
 
     def step(self, video, visible, masked):
         """As in train.Learner."""
-        frozen, target = self.now
-        video, settings = video.to(self.config.device), self.step_settings()
-        return layerlock_step(
-            self.model, self.optimizers[0], video, visible, masked, frozen=frozen, target=target, **settings
-        )
+        batch = (video.to(self.config.device), visible, masked)
+        now = dict(zip(("frozen", "target"), self.now))
+        return layerlock_step(self.model, self.optimizers[0], *batch, **now, **self.step_settings())
 
 
 def resolve_schedule(config, steps):
@@ -189,18 +184,14 @@ def resolve_schedule(config, steps):
     start, every, until = config.freeze_start, config.freeze_every, config.freeze_until
     last = start + every * (until - 1)
     if until >= config.blocks:
-        raise ValueError(
-            f"{config.blocks} blocks cannot freeze {until} and learn; lower --freeze-until or raise --blocks."
-        )
+        fix = "lower --freeze-until or raise --blocks"
+        raise ValueError(f"{config.blocks} blocks cannot freeze {until} and learn; {fix}.")
     if last >= steps:
-        raise ValueError(
-            f"The last block would freeze at step {last}, after the run's {steps}; lower --freeze-start or "
-            "--freeze-every."
-        )
+        fix = "lower --freeze-start or --freeze-every"
+        raise ValueError(f"The last block would freeze at step {last}, after the run's {steps}; {fix}.")
     if start == -1 and config.target == "pixels":
-        raise ValueError(
-            "Pixel targets with nothing frozen are train.py --regime e2e; leave out --freeze-start or --target."
-        )
+        fix = "leave out --freeze-start or --target"
+        raise ValueError(f"Pixel targets with nothing frozen are train.py --regime e2e; {fix}.")
     how = f"every {every} steps" if every else "all at once"
     when = f"from step {start} on, {how}, until {until} are frozen" if start >= 0 else "never"
     tqdm.write(f"blocks freeze {when}; target: {config.target}")

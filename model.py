@@ -1,5 +1,4 @@
-"""The video vision transformer: tube masking, encoder layers, masked-autoencoder decoder, reconstruction
-targets.
+"""The video vision transformer: tube masking, encoder layers, masked-autoencoder decoder, its targets.
 
 Römer & Dickscheid, "Depth-Wise Representation Development Under Blockwise Self-Supervised Learning for Video
 Vision Transformers", arXiv 2601.09040: masking, decoder and loss are Sec. 3.1, the architecture is Sec. 3.3.
@@ -87,8 +86,8 @@ def normalized_targets(patches):
     patches: (B, M, P) uint8, or float in 0..1.
     Returns (targets, mean, std): (B, M, P), (B, M, 1, 3), (B, M, 1, 3).
     """
-    # Paper does not say: the normalisation. This is VideoMAE's (x - mean) / (sqrt(unbiased variance) +
-    # 1e-6) over one tubelet and channel; the published losses, 0.55 to 0.62, agree with it.
+    # Paper does not say: the normalisation. This is VideoMAE's, (x - mean) / (sqrt(unbiased variance) + 1e-6)
+    # over one tubelet and channel; the published losses, 0.55 to 0.62, agree with it.
     x = patches.float() / 255 if patches.dtype == torch.uint8 else patches.float()
     x = x.unflatten(-1, (-1, 3))  # (B, M, P/3, 3)
     mean = x.mean(dim=2, keepdim=True)  # (B, M, 1, 3)
@@ -101,9 +100,7 @@ def normalized_targets(patches):
 
 
 class Layer(nn.Module):
-    """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x)) (Sec. 3.3: MLP x4, qkv
-    bias).
-    """
+    """One pre-norm transformer layer (Sec. 3.3): x + attention(norm(x)), then x + mlp(norm(x)); MLP x4."""
 
     def __init__(self, *, width=192, heads=3):
         super().__init__()
@@ -121,10 +118,8 @@ class Layer(nn.Module):
 
     def attention(self, x):
         """Multi-head self-attention over all tokens given. (B, N, D) to (B, N, D)."""
-        qkv = (
-            self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # (3, B, heads, N, D/heads)
-        q, k, v = qkv.unbind(0)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, D/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, D/heads) each
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # where the fused form is the slower one
             x = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v  # (B, heads, N, D/heads)
         else:
@@ -138,11 +133,9 @@ class Layer(nn.Module):
 
 
 class TubeletEmbedding(nn.Module):
-    """Pixels of a tubelet to a token, plus its fixed position (Sec. 3.3). Only the tubelets given are
-    embedded.
+    """Pixels of a tubelet to a token, plus its fixed position (Sec. 3.3).
 
-    The Linear layer is the same map as the usual strided 3-D convolution, but can be applied to visible
-    tubelets alone.
+    The Linear layer is the map of the usual strided 3-D convolution, but works on visible tubelets alone.
     """
 
     def __init__(self, *, tokens=128, values=6144, width=192):
@@ -160,21 +153,18 @@ class TubeletEmbedding(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]), persistent=False)
 
     def forward(self, patches, index):
-        """patches: (B, V, P) uint8, or float in 0..1; index: (B, V), their places in the grid. Returns (B, V,
-        D).
-        """
+        """patches: (B, V, P) uint8, or float in 0..1; index: (B, V), their places in the grid."""
         x = patches.float() / 255 if patches.dtype == torch.uint8 else patches.float()
         x = (x.unflatten(-1, (-1, 3)) - self.mean) / self.std  # (B, V, P/3, 3)
         return self.linear(x.flatten(2)) + self.positions[index]  # (B, V, D)
 
 
 class Decoder(nn.Module):
-    """Masked-autoencoder decoder in VideoMAE's form (Sec. 3.1): predicts the masked tubelets from the visible
-    tokens.
+    """Masked-autoencoder decoder (Sec. 3.1): predicts the masked tubelets from the visible tokens.
 
-    The paper gives every block one of these, with 4 layers of width 192 and 3 heads at every K, size and
-    regime. Paper does not say: the inner form. VideoMAE's: Linear without bias, [visible, mask tokens] plus
-    its own sinusoid positions, layers, LayerNorm, and a Linear head on the masked tokens only.
+    The paper gives every block one of 4 layers, 192 wide, with 3 heads, at every K, size and regime. Paper does
+    not say: the inner form. VideoMAE's: Linear without bias, [visible, mask tokens] plus its own sinusoid
+    positions, layers, LayerNorm, and a Linear head on the masked tokens only.
 
     layers: transformer layers of the decoder's width, (B, N, width) to the same; the paper's are
     `[Layer(width=192, heads=3) for _ in range(4)]`. values: predicted per token, P for pixels.

@@ -65,7 +65,7 @@ class Pipeline(train.Learner):
 
     def step(self, video, visible, masked):
         """Receive h_{k-1}, compute h_k, send it on; then the local loss and the optimizer step of block k."""
-        c, name, settings = self.config, f"block{self.rank + 1}", self.step_settings()
+        c, name, dtype = self.config, f"block{self.rank + 1}", self.step_settings()["dtype"]
         shape = (c.batch, *self.model.video, 3)
         video = video.to(c.device) if self.rank == 0 else self.receive(shape, torch.uint8, VIDEO)
         self.send(video, VIDEO)
@@ -75,18 +75,11 @@ class Pipeline(train.Learner):
             h = gather_tokens(patches, visible)  # (B, V, P)
         else:
             h = self.receive((*visible.shape, self.model.config["width"]), torch.float32, TOKENS)  # (B, V, D)
-        with autocast(h, settings["dtype"]):
+        with autocast(h, dtype):
             h = self.model.blocks[name](h, visible)  # (B, V, D)
         self.send(h.detach(), TOKENS)
-        loss, gradient = decoder_backward(
-            self.model.decoders[name],
-            h,
-            visible,
-            masked,
-            target,
-            slices=c.decoder_slices,
-            dtype=settings["dtype"],
-        )
+        local = (self.model.decoders[name], h, visible, masked, target)
+        loss, gradient = decoder_backward(*local, slices=c.decoder_slices, dtype=dtype)
         h.backward(gradient)
         return {name: loss}, optimizer_step(self.model, [name], self.optimizers[self.rank], clip=c.clip)
 
@@ -105,16 +98,13 @@ class Pipeline(train.Learner):
 
     def whole(self):
         """For pictures and checkpoints, rank 0 takes in what the others have learned."""
-        mine = [
-            part[f"block{self.rank + 1}"].state_dict() for part in (self.model.blocks, self.model.decoders)
-        ]
-        found = self.gather([*mine, self.optimizers[self.rank].state_dict()])
-        optimizers = make_optimizers(self.model) if found else None
-        for name, optimizer, (block, decoder, state) in zip(self.model.blocks, optimizers or [], found):
-            self.model.blocks[name].load_state_dict(block)
-            self.model.decoders[name].load_state_dict(decoder)
-            optimizer.load_state_dict(state)
-        return self.model, optimizers
+        model, mine = self.model, f"block{self.rank + 1}"
+        parts = (model.blocks[mine], model.decoders[mine], self.optimizers[self.rank])
+        found, optimizers = self.gather([part.state_dict() for part in parts]), make_optimizers(model)
+        for name, optimizer, states in zip(model.blocks, optimizers, found):
+            for part, state in zip((model.blocks[name], model.decoders[name], optimizer), states):
+                part.load_state_dict(state)
+        return model, optimizers
 
     def close(self):
         """Wait until everything sent has arrived, and for all."""

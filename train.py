@@ -31,24 +31,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import data
 from blockwise import REGIMES, Blockwise, count_parameters, load, make_optimizers, save, train_step
-from data import (
-    READ_ERRORS,
-    BrokenVideos,
-    Parser,
-    Scenes,
-    Videos,
-    check_output,
-    fail,
-    free_workers,
-    loader,
-    number,
-    pick_device,
-    program,
-    tile,
-    write_picture,
-    write_video,
-)
 from model import SIZES, gather_tokens, normalized_targets, patchify, tube_mask, unpatchify
 
 # tiny and small: the paper's recipe (Sec. 3.2, 3.4). Paper does not say: batch size. nano: ours, for a CPU.
@@ -72,9 +56,7 @@ def option(default, help, **limits):
 
 @dataclass
 class Config:
-    """All settings of a run. Each field is a flag of the same name; None is filled in from the size or the
-    machine.
-    """
+    """All settings of a run. Each field is a flag of its name; None is filled in from size or machine."""
 
     program: ClassVar[str] = "train.py"
 
@@ -137,7 +119,7 @@ def flag(name):
 
 def parse(Config, manual, arguments=None):
     """Command line to (Config, names of the settings given); exit with one sentence where it makes no sense."""
-    parser, kinds = Parser(manual), typing.get_type_hints(Config)
+    parser, kinds = data.Parser(manual), typing.get_type_hints(Config)
     for f in fields(Config):
         kind = kinds[f.name]
         if isinstance(kind, types.UnionType):  # X | None
@@ -150,7 +132,7 @@ def parse(Config, manual, arguments=None):
         elif kind is str:
             argument = {"metavar": "TEXT"}
         else:
-            argument = {"type": number(several[0] if several else kind, **f.metadata["limits"])}
+            argument = {"type": data.number(several[0] if several else kind, **f.metadata["limits"])}
             argument["metavar"], argument["nargs"] = "N", len(several) or None
         help = f.metadata["help"] + (f" [{f.default}]" if f.default is not None else "")
         parser.add_argument(flag(f.name), default=SUPPRESS, help=help.replace("%", "%%"), **argument)
@@ -158,9 +140,9 @@ def parse(Config, manual, arguments=None):
     if "tubelet" in given:
         given["tubelet"] = tuple(given["tubelet"])
     if {"steps", "epochs"} <= set(given):
-        fail("--steps and --epochs both say how long to train; give one of them.")
+        data.fail("--steps and --epochs both say how long to train; give one of them.")
     if "list" in given and not {"data", "resume"} & set(given):
-        fail("--list names videos relative to a folder; say which folder with --data.")
+        data.fail("--list names videos relative to a folder; say which folder with --data.")
     return Config(**given), set(given)
 
 
@@ -172,20 +154,17 @@ def processes():
     told = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if not count.isdigit() or not all(os.environ.get(name) for name in told):
         raise ValueError(
-            f"WORLD_SIZE is {count!r} but torchrun has not started this process; unset WORLD_SIZE, or start "
-            "with torchrun --nproc-per-node 2 train.py ..."
+            f"WORLD_SIZE is {count!r}, not by torchrun: unset WORLD_SIZE, or start with torchrun "
+            "--nproc-per-node 2 train.py ..."
         )
     return int(os.environ["RANK"]), int(count)
 
 
 def resolve_defaults(config):
     """Fill in what was left open: device, dtype, workers, the recipe of the size. Returns why this device."""
-    why = "as asked"
-    if config.device == "auto":
-        config.device, why = pick_device("auto")
+    config.device, why = data.pick_device(config.device)
     if config.device == "cuda" and processes()[1] > 1:
-        config.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    pick_device(config.device)  # does it work?
+        config.device, _ = data.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
     cuda = config.device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(torch.device(config.device).index or 0)
@@ -194,10 +173,10 @@ def resolve_defaults(config):
     if config.workers is None:
         cores = torch.get_num_threads()
         config.workers = min(8, cores if cuda and config.data else max(1, cores // 2))
-    recipe = RECIPES[config.size]
-    for name in recipe.keys() - ({"steps", "epochs"} if config.steps or config.epochs else set()):
-        if getattr(config, name) is None:
-            setattr(config, name, recipe[name])
+    length_given = config.steps or config.epochs
+    for name, value in RECIPES[config.size].items():
+        if getattr(config, name) is None and not (name in ("steps", "epochs") and length_given):
+            setattr(config, name, value)
     if config.min_lr > config.lr:
         raise ValueError(f"--min-lr {config.min_lr} is more than --lr {config.lr}; lower it.")
     return why
@@ -208,20 +187,19 @@ def resumed(Config, config, given):
     if processes()[0] == 0 and (Path(config.out) / "last.pt").exists():
         lock_folder(Path(config.out))
     model, checkpoint = load(config.out)
-    saved, names = checkpoint.get("settings"), {f.name for f in fields(Config)}
-    odd = sorted(map(str, saved.keys() ^ names)) if isinstance(saved, dict) else ["all"]
+    saved = checkpoint.get("settings")
+    saved = saved if isinstance(saved, dict) else {}
+    odd = sorted(map(str, saved.keys() ^ {f.name for f in fields(Config)}))
     if odd or not checkpoint.keys() >= {"optimizers", "data"}:
         which = f"settings {', '.join(odd[:9])}" if odd else "no optimizers"
-        raise ValueError(
-            f"The checkpoint in {config.out} was not written by {config.program} ({which}); go on with the program that started it."
-        )
+        raise ValueError(f"The checkpoint in {config.out} was not written by {config.program} ({which}).")
     elsewhere, moved = {"resume", "out", "device", "workers"}, {"data", "list", "decoder_slices"}
     for name in given - elsewhere - moved:
         value = getattr(config, name)
         if value not in (saved[name], "auto"):
             raise ValueError(
-                f"{config.out} was started with {flag(name)} {saved[name]}, not {value}; leave it out to go "
-                "on with that run, or start another one with --out."
+                f"{config.out} was started with {flag(name)} {saved[name]}, not {value}; leave it out, or "
+                "start another run with --out."
             )
     here = {name: getattr(config, name) for name in elsewhere | (moved & given)}
     return Config(**(saved | here)), model, checkpoint
@@ -245,12 +223,6 @@ def lock_folder(out):
         pass  # a file system without locks
 
 
-def in_use(out):
-    """Does a folder hold more than what a start that was killed may leave behind?"""
-    files = out.iterdir() if out.is_dir() else [out] if out.exists() else []
-    return any(file.stat().st_size and file.name != "last.pt.tmp" for file in files)
-
-
 def steps_of_stage(config, source):
     """Optimizer steps of a run, in the sequential regime of one stage."""
     return config.steps or max(1, math.ceil(config.epochs * len(source) / config.batch))
@@ -258,35 +230,32 @@ def steps_of_stage(config, source):
 
 def set_up(Config, config, given):
     """All that comes before training. ValueError, one sentence with the fix, for what the user can mend."""
-    config.out = config.out or config.folder()
-    model, checkpoint = None, None
+    config.out, model, checkpoint = config.out or config.folder(), None, None
     if config.resume:
         config, model, checkpoint = resumed(Config, config, given)
-    elif in_use(Path(config.out)):
-        raise ValueError(
-            f"{config.out} is in use; go on with that run by --resume, or choose another folder with --out."
-        )
+    else:
+        out = Path(config.out)
+        files = out.iterdir() if out.is_dir() else [out] if out.exists() else []
+        # A start that was killed may leave empty files and half a checkpoint.
+        if any(file.stat().st_size and file.name != "last.pt.tmp" for file in files):
+            raise ValueError(f"{out} is in use; go on with that run by --resume, or name another --out.")
     why = resolve_defaults(config)
     if model is None:
         torch.manual_seed(config.seed)
         model = Blockwise(**config.model_arguments())
     tube_mask(1, model.grid, config.mask)  # raises if the ratio does not fit the grid
+    source = data.Scenes("train", video=model.video)
     if config.data:
-        source = Videos(
-            config.data, list_file=config.list, video=model.video, stride=config.stride, short=config.short
-        )
-    else:
-        source = Scenes("train", video=model.video)
+        rules = {"list_file": config.list, "stride": config.stride, "short": config.short}
+        source = data.Videos(config.data, video=model.video, **rules)
     if checkpoint:
         step, most = checkpoint.get("step"), steps_of_stage(config, source) * model.stages
         if source.fingerprint != checkpoint["data"]:
             raise ValueError(
-                f"{config.out} was started on other videos; restore them, or start another run with --out."
+                f"{config.out} was started on other videos; restore them, or name another --out."
             )
         if not isinstance(step, int) or not 0 <= step <= most:
-            raise ValueError(
-                f"The checkpoint in {config.out} is of step {step}, outside of the run's 0 to {most}."
-            )
+            raise ValueError(f"{config.out}/last.pt is of step {step}, outside of the run's 0 to {most}.")
     return config, model.to(config.device).train(), source, checkpoint, why
 
 
@@ -308,9 +277,7 @@ class Learner:
         self.rank, self.processes = processes()
         parts = self.part[1]
         if config.batch % parts:
-            raise ValueError(
-                f"{parts} processes cannot share a batch of {config.batch} equally; change --batch."
-            )
+            raise ValueError(f"{parts} processes cannot share {config.batch} clips equally; change --batch.")
         if config.decoder_slices is None:
             config.decoder_slices = default_slices(config.batch // parts, config.device)
         if checkpoint and checkpoint["step"] % steps:
@@ -327,11 +294,10 @@ class Learner:
 
     def make_ready(self, step):
         """Optimizers for a step of the run: fresh ones at the beginning of every stage."""
-        c, betas = self.config, (self.config.beta1, self.config.beta2)
+        c, stage = self.config, step // self.steps
         if step % self.steps == 0 or not self.optimizers:
-            self.optimizers = make_optimizers(
-                self.model, stage=step // self.steps, lr=c.lr, betas=betas, weight_decay=c.weight_decay
-            )
+            settings = {"lr": c.lr, "betas": (c.beta1, c.beta2), "weight_decay": c.weight_decay}
+            self.optimizers = make_optimizers(self.model, stage=stage, **settings)
 
     def load_optimizers(self, states):
         """Go on with the state that a checkpoint holds."""
@@ -363,11 +329,9 @@ class Learner:
     def batches(self, source, first, last):
         """Batches of the steps first..last - 1, this process's part of each."""
         c, (part, parts) = self.config, self.part
-        cuda = c.device.startswith("cuda")
-        share = {"part": part, "parts": parts, "pin_memory": cuda}
-        return iter(
-            loader(source, batch=c.batch, first=first, last=last, seed=c.seed, workers=c.workers, **share)
-        )
+        share = {"part": part, "parts": parts, "pin_memory": c.device.startswith("cuda")}
+        which = {"batch": c.batch, "first": first, "last": last, "seed": c.seed}
+        return iter(data.loader(source, **which, **share, workers=c.workers))
 
     def step(self, video, visible, masked):
         """One step on this process's part of a batch: (losses, gradient norms), as train_step()."""
@@ -444,9 +408,8 @@ def describe(config, model, source, why, steps):
     where = f"{config.device} ({why}), {config.dtype}"
     print(f"{config.out}: {config.size}, {config.regime}, K = {config.blocks}, on {where}")
     if config.data:
-        print(
-            f"data: {len(source)} of {source.total} videos in {config.data}, classes: {len(source.classes)}"
-        )
+        of = f"{source.total} videos in {config.data}"
+        print(f"data: {len(source)} of {of}, classes: {len(source.classes)}")
         if source.dropped:
             frames = f"{source.video[0]} frames x stride {source.stride}"
             print(f"  {len(source.dropped)} dropped, shorter than {frames}; --short repeat keeps them")
@@ -463,45 +426,33 @@ def describe(config, model, source, why, steps):
 
 
 class Log:
-    """log.jsonl and the progress bar, with clips per second and the share of time spent waiting for clips."""
+    """log.jsonl and the progress bar, with clips per second and the share of time spent waiting for clips.
+
+    path: None for neither file nor bar. done: steps that the checkpoint holds; what a stopped run has logged
+    after them is cut off.
+    """
 
     def __init__(self, path, done, total):
-        """done: steps that the checkpoint holds. What a stopped run has logged after them is cut off.
-
-        path: None for neither file nor bar.
-        """
         self.path, self.clips, self.waited, self.since = path, 0, 0.0, time.perf_counter()
         self.bar = tqdm(total=total, initial=done, unit=" steps", mininterval=1, disable=path is None)
         if path is not None and path.exists():
-            lines, damaged = self.read(path, done)
-            if damaged:
-                self.bar.write(f"{path}: {damaged} damaged line(s) left out")
-            temporary = path.with_name(
-                "log.jsonl.tmp"
-            )  # a kill at any moment leaves the old log or the new one
-            temporary.write_bytes(b"".join(lines))
+            lines = path.read_bytes().splitlines(keepends=True)
+            steps = [self.step_of(line) for line in lines]
+            if None in steps:
+                self.bar.write(f"{path}: {steps.count(None)} damaged line(s) left out")
+            kept = [line for line, step in zip(lines, steps) if step is not None and step <= done]
+            temporary = path.with_name("log.jsonl.tmp")  # a kill leaves the old log or the new one
+            temporary.write_bytes(b"".join(kept))
             os.replace(temporary, path)
 
     @staticmethod
-    def read(path, done):
-        """(lines of steps up to `done`, number of lines that are none)."""
-        lines, damaged = [], 0
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                record = json.loads(line.decode())
-                if not line.endswith(b"\n") or type(record["step"]) is not int:
-                    raise ValueError
-            except (ValueError, TypeError, LookupError, RecursionError):
-                damaged += 1
-            else:
-                lines += [line] if record["step"] <= done else []
-        return lines, damaged
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
+    def step_of(line):
+        """The step that a line is of; None if it is damaged."""
+        try:
+            step = json.loads(line.decode())["step"]
+        except (ValueError, TypeError, LookupError, RecursionError):
+            return None
+        return step if line.endswith(b"\n") and type(step) is int else None
 
     def next(self, batches, source):
         """The next batch, on the clock; broken videos are named."""
@@ -511,11 +462,6 @@ class Log:
         for path, reason in source.check_broken(batch["broken"]).items():
             self.bar.write(f"left out, the next good video takes its place: {path} ({reason})")
         return batch
-
-    def step(self, clips):
-        """One optimizer step on so many clips."""
-        self.clips += clips
-        self.bar.update()
 
     def write(self, record):
         """Write one line; it also goes to the screen if it has an eval_loss."""
@@ -545,14 +491,14 @@ def peak_memory():
 
 def fixed_clips(config, model, source):
     """Clips and masks for the pictures and eval_loss: of the test split, or, of videos, those trained on."""
-    source, videos = source if config.data else Scenes("test", video=model.video), []
+    source, videos = source if config.data else data.Scenes("test", video=model.video), []
     for index in np.linspace(0, len(source) - 1, min(FIXED_CLIPS, len(source))).astype(int):
         try:
             videos.append(torch.from_numpy(source.read(int(index))))
-        except READ_ERRORS:
+        except data.READ_ERRORS:
             pass  # named as soon as training meets it
     if not videos:
-        raise BrokenVideos(f"None of {FIXED_CLIPS} videos that were tried can be read.")
+        raise data.BrokenVideos(f"None of {FIXED_CLIPS} videos that were tried can be read.")
     generator = torch.Generator().manual_seed(config.seed)
     masks = tube_mask(len(videos), model.grid, config.mask, generator)
     return [tensor.to(config.device) for tensor in (torch.stack(videos), *masks)]
@@ -563,15 +509,14 @@ def draw(model, clips, path, blocks):
     """Write what the decoders of some blocks make of fixed clips; returns their losses, {block name: float}.
 
     clips: (video, visible, masked). path: .png shows 8 frames of the middle clip, .mp4 moves 6 clips. A
-    prediction is of normalised tubelets: it has no mean and contrast of its own. So target and predictions
-    are shown as the loss sees them. Only the last row, which says so, is painted with each tubelet's true
-    statistics.
+    prediction is of normalised tubelets, without mean and contrast: it is shown as the loss sees it. Only the
+    last row, which says so, is painted with each tubelet's true ones. No decoder predicts pixels: {}.
     """
     video, visible, masked = clips
     predictions = model.reconstruct(video, visible, masked)
     predictions = {name: prediction for name, prediction in predictions.items() if name in blocks}
     if not predictions:
-        return {}  # the decoders predict no pixels: there is nothing to see
+        return {}
     patches = patchify(video, model.tubelet).float()  # (B, N, P)
     target, mean, std = normalized_targets(gather_tokens(patches, masked) / 255)  # (B, M, P)
     losses = {name: F.mse_loss(prediction.float(), target).item() for name, prediction in predictions.items()}
@@ -593,9 +538,11 @@ def draw(model, clips, path, blocks):
     T = video.shape[1]
     if path.suffix == ".png":
         middle, every = len(video) // 2, max(1, T // 8)
-        write_picture(path, tile({title: row[middle, ::every] for title, row in rows.items()}))
+        data.write_picture(path, data.tile({title: row[middle, ::every] for title, row in rows.items()}))
     else:
-        write_video(path, [tile({title: row[:6, t] for title, row in rows.items()}) for t in range(T)] * 3)
+        data.write_video(
+            path, [data.tile({title: row[:6, t] for title, row in rows.items()}) for t in range(T)] * 3
+        )
     return losses
 
 
@@ -635,24 +582,26 @@ def train(config, model, source, checkpoint, why, Learner):
     leads = learner.rank == 0
     if leads:
         if checkpoint is None:
-            check_output(out, folder=True)
+            data.check_output(out, folder=True)
         describe(config, model, source, why, total - done)
         clips = fixed_clips(config, model, source)
-        start_folder(config, model, source, checkpoint)
+        belongs = {"settings": asdict(config), "data": source.fingerprint}
+        start_folder(out, model, new=checkpoint is None, **belongs)
     if config.compile:
         for part in [*model.blocks.values(), *model.decoders.values()]:
             part.compile()
     batches = learner.batches(source, done, total)
 
-    with Log(out / "log.jsonl" if leads else None, done, total) as log:
+    log = Log(out / "log.jsonl" if leads else None, done, total)
+    with log.bar:
         while not ends:
             lr = learner.begin(done)
             batch = log.next(batches, source)
             part, parts = learner.part
             masks = [index.tensor_split(parts)[part] for index in masks_of_step(config, model, done)]
             losses, norms = learner.step(batch["video"], *masks)
-            done += 1
-            log.step(config.batch)
+            done, log.clips = done + 1, log.clips + config.batch
+            log.bar.update()
             stop, due = learner.agree(bool(signals), time.monotonic() - saved > SAVE_SECONDS)
             ends = done == total or stop
             draws = ends or done == 1 or done % max(1, total // 10) == 0
@@ -672,7 +621,7 @@ def train(config, model, source, checkpoint, why, Learner):
                     record.update(evaluate(whole, clips, out, done, trained))
                 log.write(record)
                 if ends or due:
-                    save_run(config, whole, optimizers, source, done)
+                    save(out / "last.pt", whole, optimizers, step=done, **belongs)
                     saved = time.monotonic()
     if done == total and leads:
         show_end(whole, clips, out / "recon.mp4")
@@ -705,23 +654,16 @@ def catch_signals():
     return caught
 
 
-def save_run(config, model, optimizers, source, done):
-    """Write the run's checkpoint."""
-    settings, data = asdict(config), source.fingerprint
-    save(Path(config.out) / "last.pt", model, optimizers, step=done, settings=settings, data=data)
-
-
-def start_folder(config, model, source, checkpoint):
+def start_folder(out, model, *, new, **belongs):
     """Make the folder of a new run, with a checkpoint of step 0: from here on it can be resumed."""
-    out = Path(config.out)
-    if checkpoint is None:
+    if new:
         out.mkdir(parents=True, exist_ok=True)
         lock_folder(out)
         if (out / "last.pt").exists():
             raise ValueError(f"{out} is in use by a run that has just started; choose another --out.")
-        save_run(config, model, [], source, done=0)
+        save(out / "last.pt", model, [], step=0, **belongs)
     if not (out / "config.json").exists() or not (out / "config.json").stat().st_size:
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        (out / "config.json").write_text(json.dumps(belongs["settings"], indent=1) + "\n")
 
 
 def show_end(model, clips, path):
@@ -738,7 +680,7 @@ def explain(error, config):
     kept = "No checkpoint was written"
     if (Path(config.out) / "last.pt").is_file():
         kept = f"The last checkpoint is kept; go on with --resume --out {shlex.quote(config.out)}"
-    if isinstance(error, BrokenVideos):
+    if isinstance(error, data.BrokenVideos):
         return error, 2
     if isinstance(error, FloatingPointError):
         return f"{error}. {kept}, or start anew with a lower --lr, --clip 1 or --dtype fp32.", 1
@@ -756,17 +698,17 @@ def explain(error, config):
 
 def main(arguments=None, *, Config=Config, Learner=Learner, manual=__doc__):
     """Train as the command line says. Another Config and Learner train in another way, in the same loop."""
-    with program():
+    with data.program():
         config, given = parse(Config, manual, arguments)
         config, *run = set_up(Config, config, given)
         try:
             stopped = train(config, *run, Learner)
         except Exception as error:
-            free_workers(error)
+            data.free_workers(error)
             sentence, code = explain(error, config)
             if sentence is None:
                 raise
-            fail(sentence, code)
+            data.fail(sentence, code)
     rank, count = processes()
     if rank == 0 and stopped:
         start = "python" if count == 1 else f"torchrun --nproc-per-node {count}"
