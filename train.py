@@ -208,13 +208,14 @@ def resumed(Config, config, given):
 def lock_folder(out):
     """Keep other processes out of a run's folder until this one ends; ValueError if one is in it already.
 
-    The lock is on config.json, by the operating system: a killed process leaves none behind.
+    The lock is the operating system's: a killed process leaves none behind. It is on a file that nothing else
+    opens, because it would end as soon as this process closed the file anywhere.
     """
     try:
         import fcntl  # not on Windows: there is no lock there
     except ImportError:
         return
-    file = os.open(out / "config.json", os.O_RDWR | os.O_CREAT)
+    file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
