@@ -10,7 +10,7 @@ figures. Runs whose folders differ only in -seed1, -seed2 are seeds of one setti
 Shapes: B batch, N tokens, D width, K blocks, M masked tokens, P values in one tubelet; here n clips.
 """
 
-import argparse
+import functools
 import itertools
 import json
 import math
@@ -25,18 +25,7 @@ from tqdm import tqdm
 
 from data import check_output, evaluation_loader, pick_device, program
 from model import gather_tokens, normalized_targets, patchify, tube_mask
-from probe import (
-    collect,
-    open_data,
-    parser,
-    print_table,
-    probe_accuracy,
-    read_runs,
-    score,
-    split,
-    subjects,
-    untrained,
-)
+from probe import extract, open_data, parser, print_table, probe_accuracy, read_runs, score, split, subjects
 
 # ---- measurements: plain tensors in, numbers out ----
 
@@ -54,8 +43,7 @@ def rbf_cka(x, y):
     """CKA with Gaussian kernels exp(-gamma * distance^2), gamma = 1 / (2 * median distance^2) (Sec. 4).
 
     x (n, D), y (n, E): the same n clips. The median is over pairs of different clips, the lower one of two.
-    Returns 0..1; nan if more than half of the pairs are equal. In float64; takes memory for three n x n
-    matrices.
+    Returns 0..1; nan if more than half of the pairs are equal. In float64; takes three n x n matrices.
     """
 
     def kernel(a):
@@ -85,23 +73,19 @@ def patch_similarity(tokens):
 def spectrum(x):
     """Shape of the covariance eigenvalues (Sec. 4) of features x (n, D): a dict.
 
-    effective_rank exp(-sum p log p); participation_ratio (sum l)^2 / sum l^2; anisotropy, largest / mean
-    eigenvalue; dimensions90, the fewest with 90 % of the variance. All nan if x is constant. Of n <= D clips at
-    most n - 1 eigenvalues are not 0, and the mean is over all D.
+    effective_rank exp(-sum p log p); participation_ratio (sum l)^2 / sum l^2; anisotropy, largest / mean of
+    all D eigenvalues; dimensions90, the fewest with 90 % of the variance. All nan if x is constant.
     """
     x = x.double() - x.double().mean(dim=0)
     eigenvalues = torch.linalg.svdvals(x).square()  # up to a factor that cancels
     eigenvalues = F.pad(eigenvalues, (0, x.shape[1] - len(eigenvalues)))
     total = eigenvalues.sum()
-    if total <= 0:
-        names = ("effective_rank", "participation_ratio", "anisotropy", "dimensions90")
-        return dict.fromkeys(names, math.nan)
-    p = eigenvalues / total
+    p = eigenvalues / total  # nan if x is constant
     return {
         "effective_rank": torch.special.entr(p).sum().exp().item(),
         "participation_ratio": (1 / p.square().sum()).item(),
         "anisotropy": (p.max() * len(p)).item(),
-        "dimensions90": int((p.cumsum(dim=0) < 0.9 - 1e-12).sum()) + 1,
+        "dimensions90": int((p.cumsum(dim=0) < 0.9 - 1e-12).sum()) + 1 if total > 0 else math.nan,
     }
 
 
@@ -148,8 +132,7 @@ def reconstruction_losses(model, videos, *, ratio=0.9, seed=0):
     generator, sums, count = torch.Generator().manual_seed(seed), defaultdict(float), 0
     device = next(model.parameters()).device
     for video in videos:
-        masks = (index.to(device) for index in tube_mask(len(video), model.grid, ratio, generator))
-        visible, masked = masks
+        visible, masked = (index.to(device) for index in tube_mask(len(video), model.grid, ratio, generator))
         video = video.to(device)
         target = normalized_targets(gather_tokens(patchify(video, model.tubelet), masked))[0]  # (B, M, P)
         for name, prediction in model.reconstruct(video, visible, masked).items():
@@ -169,52 +152,52 @@ HIGH = ("motion", "agreement", "class", "delta", "higher_side", "sf_difference",
 
 
 class Occluded:
-    """A source whose clips are occluded; which patch is left is drawn from (seed, number of the clip)."""
+    """A source whose clips are occluded; which patch is left is drawn from the number of the clip."""
 
-    def __init__(self, source, patch, *, halves=False, blank=0, seed=0):
-        self.source, self.patch, self.halves, self.blank, self.seed = source, patch, halves, blank, seed
+    def __init__(self, source, rule):
+        self.source, self.rule = source, rule  # rule: arguments of occlude()
         self.labels, self.name, self.targets = source.labels, source.name, source.targets
         self.check_broken = source.check_broken
 
-    def __len__(self):
-        return len(self.source)
-
     def read(self, index, rng=None):
         """Clip `index` of the source, occluded."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        generator = torch.Generator().manual_seed(index)
         video = torch.from_numpy(self.source.read(index))
-        return occlude(video, self.patch, halves=self.halves, blank=self.blank, generator=generator).numpy()
+        return occlude(video, generator=generator, **self.rule).numpy()
 
 
-def measure(args, runs):
+def measure(args, runs, sources):
     """Everything about every run and its untrained network, on the test clips: (results, values by clip).
 
     results: {"runs": {title: {measurement: [value by block]}}, "linear CKA across runs": ...}.
     values by clip: {title: {measurement: (K, test clips)}}.
     """
-    models = subjects(runs, args.before_norm)
+    models, options = subjects(runs, args.before_norm), (args.batch, args.workers, args.device)
     del models["pixels"]
-    data = open_data(args, runs[0].model.video)
-    features, targets, _, labels, sizes = collect(args, models, data, measure=patch_similarity)
-    folds = split(targets, labels, sizes)
     # The patch is a tubelet's, 16 x 16 in the paper. Blank is 0, which in gratings (-1..1) is mid-grey.
     halves, blank = args.data == "double-gratings", 128 if args.data in ("gratings", "double-gratings") else 0
-    patch = runs[0].model.tubelet[1:]
-    covered = [(Occluded(source, patch, halves=halves, blank=blank), indices) for source, indices in data]
-    occluded = collect(args, models, covered)[0]
+    rule = {"patch": runs[0].model.tubelet[1:], "halves": halves, "blank": blank}
+    covered = [(Occluded(source, rule), indices) for source, indices in sources]
+    features, targets, _, labels, sizes = extract(models, sources, *options, measure=patch_similarity)
+    folds = split(targets, labels, sizes)
+    occluded = extract(models, covered, *options)[0]
 
     results, by_clip, tested = {}, {}, torch.cat([test for _, test in folds])
     for title, model in tqdm(models.items(), "measurements", leave=False):
         names = list(model.blocks)
         x = [features[title, name] for name in names]
-        mixing = np.stack([features[title, name, "measure"][tested].numpy() for name in names])
         blank_x = [occluded[title, name] for name in names]
+        mixing = np.stack([features[title, name, "measure"][tested].numpy() for name in names])
         results[title], by_clip[title] = decodability(x, blank_x, targets, folds, labels)
         by_clip[title]["patch similarity"] = mixing
         results[title]["patch similarity"] = mixing.mean(axis=1).tolist()
         results[title].update(geometry([z[tested] for z in x]))
+    source, indices = sources[-1]
+    some = sorted(np.random.default_rng(0).permutation(indices)[:1000].tolist())
+    batches = evaluation_loader(source, indices=some, batch=args.batch, workers=args.workers)
     for run in tqdm(runs, "reconstruction", leave=False):
-        losses = reconstruction_losses(run.model, some_videos(args, *data[-1]))
+        videos = (clips["video"] for clips in batches if clips["index"])
+        losses = reconstruction_losses(run.model.to(args.device), videos)
         by_block = [losses.get(name, math.nan) for name in run.model.blocks]
         results[run.title]["reconstruction loss"] = by_block
     across = {}
@@ -229,10 +212,10 @@ def decodability(x, occluded, targets, folds, labels):
 
     x, occluded: features [(n, D)] of every block, of the same clips. labels: names of the targets.
     """
-    scores, correct = zip(*(score(z, targets, folds) for z in x))
-    covered, covered_correct = zip(*(probe_accuracy(z, targets, folds) for z in occluded))
+    scores = [score(z, targets, folds) for z in x]
+    covered = [probe_accuracy(z, targets, folds) for z in occluded]
     by_target = np.array([s["accuracy"] for s in scores])  # (K, L)
-    correct, rest = np.stack(correct), np.stack(covered_correct).mean(axis=1)  # (K, L, clips), (K, clips)
+    correct = np.stack([s["correct"] for s in scores])  # (K, L, test clips)
     results, by_clip = {}, {}
     for name, of in (("accuracy", labels), ("high-level accuracy", HIGH), ("low-level accuracy", LOW)):
         columns = [i for i, label in enumerate(labels) if label in of]
@@ -246,20 +229,13 @@ def decodability(x, occluded, targets, folds, labels):
     results["OccDrop"] = [occlusion_drop(a, o) for a, o in zip(results["accuracy"], occluded_accuracy)]
     # What one clip changes in OccDrop = 1 - o / a, to first order; constants do not matter for its spread.
     a, o = (np.reshape(values, (-1, 1)) for values in (results["accuracy"], occluded_accuracy))
+    rest = np.stack([s["correct"].mean(axis=0) for s in covered])  # (K, test clips)
     by_clip["OccDrop"] = by_clip["accuracy"] * o / a**2 - rest / a
     return results, by_clip
 
 
-def some_videos(args, source, indices, most=1000):
-    """Batches of videos of at most `most` clips, drawn at random, the same at every call."""
-    few = sorted(np.random.default_rng(0).permutation(indices)[:most].tolist())
-    for clips in evaluation_loader(source, indices=few, batch=args.batch, workers=args.workers):
-        if clips["index"]:
-            yield clips["video"]
-
-
 def geometry(x):
-    """CKA, spectrum and uniformity of the test clips' features [(n, D)] of every block: {measurement: [K]}."""
+    """CKA, spectrum and uniformity of the test clips' features [(n, D)] of the blocks: {measurement: [K]}."""
     order = torch.randperm(len(x[0]), generator=torch.Generator().manual_seed(0))
     some, more = order[:1000], order[:5000]  # for what is quadratic in the clips
     spectra = [spectrum(z) for z in x]
@@ -273,12 +249,11 @@ def geometry(x):
 
 # ---- the paper's claims ----
 
-# Differs from paper: it names no thresholds. Ours, as shares of what training gains over the untrained network
-# after the last block: what counts as close (the paper's own gaps are 3 to 17 %, if an untrained network reaches
-# 13 %), and as no gain from the last block. And the linear CKA above which two blocks hold nearly the same (the
-# paper's late blocks: .983, .988).
-# Three seeds and 1,100 clips confirm the paper's numbers, simulated: each claim in seven of ten cases or more if runs
-# differ by .005 in accuracy over seeds; C3 in about half of the cases if it is .01, so "cannot tell" says nothing.
+# Differs from paper: it names no thresholds. Ours, as shares of what training gains over the untrained
+# network after the last block: what counts as close (the paper's own gaps are 3 to 17 %, if an untrained one has
+# 13 %), and as no gain from the last block. And the linear CKA of blocks that hold nearly the same (the paper's
+# late ones: .983, .988). Three seeds and 1,100 clips confirm the paper's numbers, simulated: each claim in 70 %
+# of cases or more if runs differ by .005 in accuracy over seeds; C3 in about half of them if it is .01.
 CLOSE, NO_GAIN, CKA_SATURATED = 0.3, 0.1, 0.97
 
 
@@ -300,22 +275,20 @@ class Group(NamedTuple):
 
 def make_groups(runs, results, by_clip):
     """Groups of the runs, in order, from what measure() returned."""
-    members = defaultdict(list)
-    for run in runs:
-        members[run.group].append(run)
     groups = []
-    for name, of_name in members.items():
-        K, blank = of_name[0].model.config["blocks"], untrained(of_name[0])[0]
+    for name in dict.fromkeys(run.group for run in runs):
+        seeds = [run for run in runs if run.group == name]
+        config, blank = seeds[0].model.config, seeds[0].untrained
         other = ("regime", "blocks", "decoder_values")
-        architecture = {key: value for key, value in of_name[0].model.config.items() if key not in other}
-        fresh = Group(blank, "untrained", K, architecture, [results[blank]], [by_clip[blank]])
-        found = [[of[run.title] for run in of_name] for of in (results, by_clip)]
-        groups.append(Group(name, of_name[0].regime, K, architecture, *found, fresh))
+        shape = config["blocks"], {key: value for key, value in config.items() if key not in other}
+        fresh = Group(blank, "untrained", *shape, [results[blank]], [by_clip[blank]])
+        found = [[of[run.title] for run in seeds] for of in (results, by_clip)]
+        groups.append(Group(name, seeds[0].regime, *shape, *found, fresh))
     return groups
 
 
 class Estimate(NamedTuple):
-    """A number with its standard error, nan if one seed does not tell it, and the error's degrees of freedom."""
+    """A number, its standard error (nan if one seed does not tell it), and the error's degrees of freedom."""
 
     value: float
     error: float
@@ -332,23 +305,23 @@ class Estimate(NamedTuple):
 
 
 def student_t(probability, freedom):
-    """The quantile of Student's t, below which it lies with this probability. Its angle, t = sqrt(freedom) *
-    tan(angle), has the density cos(angle)^(freedom - 1).
-    """
+    """The quantile of Student's t: the number below which it lies with this probability."""
     if math.isnan(freedom):
         return math.nan
+    # Of the angle in t = sqrt(freedom) * tan(angle), the density is cos(angle)^(freedom - 1).
     freedom, steps = min(freedom, 1e3), 2000  # above 1000 it is normal
     angle = np.arange(steps + 1) / steps * math.pi - math.pi / 2
     below = np.cumsum(np.cos((angle[1:] + angle[:-1]) / 2) ** (freedom - 1))
     return math.sqrt(freedom) * math.tan(np.interp(probability * below[-1], below, angle[1:]))
 
 
-def mean_of(value, by_seed, by_clip=()):
-    """Estimate with this value, a sum of independent means over seeds (Welch, Satterthwaite).
+def sum_of_means(by_seed, by_clip=()):
+    """Estimate of a sum of independent means over seeds (Welch, Satterthwaite).
 
-    by_seed: [(seeds,)], what is added up. by_clip: [(seeds, test clips)], the same by clip: the mean over clips
-    is uncertain, too. What the clips do to a single run counts in both, so that the error is rather too large.
+    by_seed: [(seeds,)], what is added up. by_clip: [(seeds, test clips)], the same by clip, whose mean is
+    uncertain, too. What the clips do to a single run counts in both, so that the error is rather too large.
     """
+    value = float(sum(map(np.mean, by_seed)))
     if min(map(len, by_seed)) < 2:
         return Estimate(value, math.nan, math.nan)
     samples = [*by_seed, *([sum(clips.mean(axis=0) for clips in by_clip)] if by_clip else [])]
@@ -360,68 +333,55 @@ def mean_of(value, by_seed, by_clip=()):
 def difference(a, b, name, block_a=-1, block_b=-1):
     """Estimate of a - b in one measurement after one block of each, on the same test clips."""
     x, y = a.values(name)[:, block_a], b.values(name)[:, block_b]  # (seeds,)
-    p, q = (
-        np.stack([clips[name][block] for clips in group.by_clip])  # (seeds, test clips)
-        for group, block in ((a, block_a), (b, block_b))
-    )
-    return mean_of(float(x.mean() - y.mean()), [x] if b.regime == "untrained" else [x, y], [p, -q])
+    p = np.stack([clips[name][block_a] for clips in a.by_clip])  # (seeds, test clips)
+    q = np.stack([clips[name][block_b] for clips in b.by_clip])
+    return sum_of_means([x - y.mean()] if b.regime == "untrained" else [x, -y], [p, -q])
 
 
-def decide(estimates):
-    """The verdict on a claim, from [(Estimate, low, high)]: it says that all true values lie in low..high.
+def decide(parts):
+    """The verdict on a claim from its parts (Estimate, low, high, words): all true values lie in low..high.
 
-    Confirmed if every 95 % interval lies inside. Refuted if one lies outside as a whole, of intervals so wide that
-    all hold at the same time with 95 % (Bonferroni). So either is wrong in at most 5 % of cases.
+    Confirmed if every 95 % interval lies inside. Refuted if one lies outside as a whole, of intervals so wide
+    that all hold at the same time with 95 % (Bonferroni). So either is wrong in at most 5 % of cases.
     """
-    if not estimates:
-        return "cannot tell"
-    if any(math.isnan(found.freedom) and not math.isnan(found.value) for found, _, _ in estimates):
+    if any(math.isnan(found.freedom) and not math.isnan(found.value) for found, *_ in parts):
         return "one seed: cannot tell"
-    margins = [found.margin() for found, _, _ in estimates]
-    wider = [found.margin(0.05 / len(estimates)) for found, _, _ in estimates]
-    if all(
-        low <= found.value - m and found.value + m <= high
-        for (found, low, high), m in zip(estimates, margins)
-    ):
+    inside, outside = [], []
+    for found, low, high, _ in parts:
+        margin, wider = found.margin(), found.margin(0.05 / len(parts))
+        inside.append(low <= found.value - margin and found.value + margin <= high)
+        outside.append(found.value + wider < low or found.value - wider > high)
+    if parts and all(inside):
         return "confirmed"
-    if any(
-        found.value + m < low or found.value - m > high for (found, low, high), m in zip(estimates, wider)
-    ):
-        return "refuted"
-    return "cannot tell"
+    return "refuted" if any(outside) else "cannot tell"
 
 
 def describe(found, unit="", scale=1.0):
     """An estimate in words, with its 95 % interval."""
-    margin = found.margin()
     if math.isnan(found.value):
         return "unknown (training gained nothing for sure)"
-    return f"{scale * found.value:+.3g}{unit}" + (
-        "" if math.isnan(margin) else f" ± {scale * margin:.2g}{unit}"
-    )
+    words, margin = f"{scale * found.value:+.3g}{unit}", scale * found.margin()
+    return words if math.isnan(margin) else f"{words} ± {margin:.2g}{unit}"
 
 
 def loss_of(a, b, name, low=-math.inf):
-    """(Estimate, low, high), words: what b has less than a after the last block; close if below CLOSE."""
+    """(Estimate, low, high, words): what b has less than a after the last block; close if below CLOSE."""
     gap, gain = difference(a, b, name), difference(a, a.untrained, name)
     share = gap.over(gain)
-    numbers = f"{a.name} {a.values(name)[:, -1].mean():.3f}, {b.name} {b.values(name)[:, -1].mean():.3f}"
+    numbers = ", ".join(f"{g.name} {g.values(name)[:, -1].mean():.3f}" for g in (a, b))
     words = f"{name}: {numbers}, {describe(gap, scale=100)} points less; of what training gains "
-    return (
-        share,
-        low,
-        CLOSE,
-    ), words + f"({100 * gain.value:.1f} points) that is {describe(share, ' %', 100)}"
+    words += f"({100 * gain.value:.1f} points) that is {describe(share, ' %', 100)}"
+    return share, low, CLOSE, words
 
 
 def lead_of(a, b, name):
-    """(Estimate, low, high), words: what b has more than a after block 1 of b; more than 0 is wanted."""
+    """(Estimate, low, high, words): what b has more than a after block 1 of b; more than 0 is wanted."""
     lead = difference(b, a, name, 0, a.K // b.K - 1)
-    return (lead, 0.0, math.inf), f"{name}, block 1: {b.name} has {describe(lead)} more than {a.name}"
+    return lead, 0.0, math.inf, f"{name}, block 1: {b.name} has {describe(lead)} more than {a.name}"
 
 
 def saturation(groups):
-    """[((Estimate, low, high), words)]: what the last block gains, and its linear CKA with the block before.
+    """[(Estimate, low, high, words)]: what the last block gains, and its linear CKA with the block before.
 
     Each is one number, the mean over the groups, and compares two blocks of the same run.
     """
@@ -433,50 +393,37 @@ def saturation(groups):
         unit = Estimate(1.0, 0.0, 1.0).over(gain).value / len(groups)  # nan if training gains nothing
         steps, cka = np.diff(g.values("accuracy")[:, -2:])[:, 0], g.values("linear CKA")[:, -2, -1]
         by_run.append(unit * steps)
-        by_clip.append(
-            unit * np.stack([clips["accuracy"][-1] - clips["accuracy"][-2] for clips in g.by_clip])
-        )
+        by_clip.append(unit * np.stack([np.diff(clips["accuracy"][-2:], axis=0)[0] for clips in g.by_clip]))
         similar.append(cka / len(groups))
         words.append(f"{g.name} {100 * steps.mean():+.2f} points, CKA {cka.mean():.3f}")
-    share = mean_of(float(sum(map(np.mean, by_run))), by_run, by_clip)
-    cka = mean_of(float(sum(map(np.mean, similar))), similar)
+    share, cka = sum_of_means(by_run, by_clip), sum_of_means(similar)
     gains = f"the last block gains, of what training gains, {describe(share, ' %', 100)}: {'; '.join(words)}"
-    return [
-        ((share, -NO_GAIN, NO_GAIN), gains),
-        ((cka, CKA_SATURATED, math.inf), f"its linear CKA with the block before is {describe(cka)}"),
-    ]
+    alike = f"its linear CKA with the block before is {describe(cka)}"
+    return [(share, -NO_GAIN, NO_GAIN, gains), (cka, CKA_SATURATED, math.inf, alike)]
 
 
 def claims(groups):
     """What some groups of runs say to the paper's claims: {claim: (verdict, [numbers that decide])}."""
-    e2e = [g for g in groups if g.regime == "e2e"]
     blockwise = [g for g in groups if g.regime in ("simultaneous", "sequential")]
-    ends = [(a, b) for a in e2e for b in blockwise if a.architecture == b.architecture]
+    pairs = [(a, b) for a in groups for b in blockwise if a.architecture == b.architecture]
+    ends = [(a, b) for a, b in pairs if a.regime == "e2e"]
     starts = [(a, b) for a, b in ends if b.K > 1 and a.K % b.K == 0]  # a has been read after b's block 1, too
-    alike = [(a, b) for a in blockwise for b in blockwise if a.architecture == b.architecture]
-    orders = [
-        (a, b) for a, b in alike if a.K == b.K and (a.regime, b.regime) == ("simultaneous", "sequential")
-    ]
-    finer = [(a, b) for a, b in alike if a.regime == b.regime and a.K < b.K]
-    coarsest = {(b.name): min((a for a, other in finer if other is b), key=lambda a: a.K) for _, b in finer}
-    high, low = (
-        [n for n in (f"{level}-level accuracy",) if n in groups[0].results[0]] for level in ("high", "low")
-    )
-    found = {
+    orders = [(a, b) for a, b in pairs if (a.regime, b.regime, a.K) == ("simultaneous", "sequential", b.K)]
+    finer = [(a, b) for a, b in pairs if a.regime == b.regime and a.K < b.K]
+    # A finer group is compared with the coarsest.
+    finer = [(a, b) for a, b in finer if a.K == min(c.K for c, other in finer if other is b)]
+    high, low = ({f"{level}-level accuracy"} & groups[0].results[0].keys() for level in ("high", "low"))
+    mixing = ("patch similarity", "OccDrop")
+    parts = {
         "C1 blockwise training ends close to end-to-end": [loss_of(a, b, "accuracy") for a, b in ends],
         "C2 sequential is like simultaneous": [loss_of(a, b, "accuracy", low=-CLOSE) for a, b in orders],
         "C3 high-level targets are decodable earlier": [lead_of(a, b, n) for n in high for a, b in starts],
         "C4 late blocks saturate": saturation([g for g in blockwise if g.K > 1]),
         "C5 low-level targets lose little": [loss_of(a, b, n) for n in low for a, b in ends],
-        "C6 tokens mix earlier": [
-            lead_of(a, b, n) for n in ("patch similarity", "OccDrop") for a, b in starts
-        ],
-        "C7 finer blocks cost little": [loss_of(a, b, "accuracy") for a, b in finer if coarsest[b.name] is a],
+        "C6 tokens mix earlier": [lead_of(a, b, n) for n in mixing for a, b in starts],
+        "C7 finer blocks cost little": [loss_of(a, b, "accuracy") for a, b in finer],
     }
-    return {
-        claim: (decide([estimate for estimate, _ in parts]), [words for _, words in parts])
-        for claim, parts in found.items()
-    }
+    return {claim: (decide(found), [words for *_, words in found]) for claim, found in parts.items()}
 
 
 # ---- figures ----
@@ -494,58 +441,45 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def plot(groups, folder):
-    """Draw the paper's Figures 2-5 as PNG files: lines are means, bands ±1 sd over seeds."""
-    plt = pyplot()
-    colours = {g.name: colour for g, colour in zip(groups, itertools.cycle(plt.get_cmap("tab10").colors))}
-    probes = [name for name in groups[0].results[0] if "accuracy" in name]
-    tokens = (
-        "patch similarity",
-        "OccDrop",
-        "effective_rank",
-        "participation_ratio",
-        "dimensions90",
-        "uniformity",
-    )
-    figures = {
-        "figure2_probe": [(draw_lines, name) for name in probes],
-        "figure3_loss": [(draw_lines, "reconstruction loss"), (draw_lines, "mAP")],
-        "figure4_cka": [(draw_gains, "mAP"), (draw_gains, "accuracy"), *((draw_heat, g) for g in groups)],
-        "figure5_tokens": [(draw_lines, name) for name in tokens],
-    }
-    for name, panels in figures.items():
-        columns = len(panels) if len(panels) in (2, 4) else 3
-        rows = -(-len(panels) // columns)
-        size = (4.2 * columns, 3.4 * rows + 0.6)
-        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-        for axis, (panel, what) in zip(axes.flat, panels):
-            panel(axis, what, groups, colours)
-        for axis in axes.flat[len(panels) :]:
+def save_figure(path, panels):
+    """Write a PNG file of several panels, each a function that draws on an axis, under one legend."""
+    columns = len(panels) if len(panels) in (1, 2, 4) else 3
+    rows = -(-len(panels) // columns)
+    size = (4.2 * columns, 3.4 * rows + 0.6)
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis, draw in itertools.zip_longest(axes.flat, panels):
+        if draw:
+            draw(axis)
+        else:
             axis.axis("off")
-        handles, titles = axes.flat[0].get_legend_handles_labels()
-        figure.legend(handles, titles, loc="outside lower center", ncols=min(4, len(titles)), frameon=False)
-        figure.savefig(folder / f"{name}.png", dpi=150)
-        plt.close(figure)
+    lines, titles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(lines, titles, loc="outside lower center", ncols=min(5, len(titles)), frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot().close(figure)
 
 
-def draw_lines(axis, name, groups, colours):
-    """One measurement by block."""
-    for g in groups:
-        values, blocks = g.values(name), np.arange(1, g.K + 1)
-        mean, sd = values.mean(axis=0), values.std(axis=0, ddof=len(values) > 1)
-        axis.plot(blocks, mean, marker="o", label=g.name, color=colours[g.name])
-        axis.fill_between(blocks, mean - sd, mean + sd, color=colours[g.name], alpha=0.2)
-    axis.set(title=name.replace("accuracy", "linear probe").replace("_", " "), xlabel="block")
-    axis.set_xticks(range(1, max(g.K for g in groups) + 1))
+def draw_band(axis, x, values, label):
+    """A line of means over the rows of values (rows, len(x)), with a band of ±1 standard deviation."""
+    mean, sd = np.mean(values, axis=0), np.std(values, axis=0, ddof=len(values) > 1)
+    axis.plot(x, mean, marker="o", label=label)
+    axis.fill_between(x, mean - sd, mean + sd, alpha=0.2)
     axis.grid(alpha=0.3)
 
 
-def draw_gains(axis, name, groups, colours):
+def draw_lines(axis, groups, name):
+    """One measurement by block."""
+    for g in groups:
+        draw_band(axis, range(1, g.K + 1), g.values(name), g.name)
+    axis.set(title=name.replace("accuracy", "linear probe").replace("_", " "), xlabel="block")
+    axis.set_xticks(range(1, max(g.K for g in groups) + 1))
+
+
+def draw_gains(axis, groups, name):
     """What every transition gains in mAP (the paper's Figure 4c), or in accuracy, against its blocks' CKA."""
     for g in groups:
         cka = g.values("linear CKA").mean(axis=0).diagonal(1)
         gain = np.diff(g.values(name).mean(axis=0))
-        axis.plot(cka, gain, "o", color=colours[g.name], label=g.name)
+        axis.plot(cka, gain, "o", label=g.name)
         for k, place in enumerate(zip(cka, gain), start=1):
             axis.annotate(f"{k}→{k + 1}", place, textcoords="offset points", xytext=(5, 4), fontsize=8)
     axis.axhline(0, color="gray", linewidth=0.8)
@@ -554,7 +488,7 @@ def draw_gains(axis, name, groups, colours):
     axis.grid(alpha=0.3)
 
 
-def draw_heat(axis, g, groups, colours):
+def draw_heat(axis, g):
     """Linear CKA of all pairs of blocks of one group."""
     cka, ticks = g.values("linear CKA").mean(axis=0), range(1, g.K + 1)
     axis.imshow(cka, vmin=0, vmax=1, cmap="viridis", origin="lower", extent=(0.5, g.K + 0.5) * 2)
@@ -564,38 +498,45 @@ def draw_heat(axis, g, groups, colours):
     axis.set(title=f"linear CKA, {g.name}", xlabel="block", ylabel="block", xticks=ticks, yticks=ticks)
 
 
+def plot(groups, folder):
+    """Draw the paper's Figures 2-5 as PNG files: lines are means, bands ±1 sd over seeds."""
+    probes = [name for name in groups[0].results[0] if "accuracy" in name]
+    tokens = ["patch similarity", "OccDrop", "effective_rank", "participation_ratio"]
+    lines = {
+        "figure2_probe": probes,
+        "figure3_loss": ["reconstruction loss", "mAP"],
+        "figure5_tokens": [*tokens, "dimensions90", "uniformity"],
+    }
+    for figure, names in lines.items():
+        panels = [functools.partial(draw_lines, groups=groups, name=name) for name in names]
+        save_figure(folder / f"{figure}.png", panels)
+    panels = [functools.partial(draw_gains, groups=groups, name=name) for name in ("mAP", "accuracy")]
+    panels += [functools.partial(draw_heat, g=g) for g in groups]
+    save_figure(folder / "figure4_cka.png", panels)
+
+
 # ---- command line ----
 
 
 def flags():
     """The command line of this script."""
     found = parser(__doc__)
-    found.add_argument(
-        "--out",
-        default="analysis",
-        help="folder for analysis.json and the figures [analysis]",
-    )
-    found.add_argument(
-        "--plot", action=argparse.BooleanOptionalAction, default=False, help="draw the figures"
-    )
+    found.add_argument("--out", default="analysis", help="folder of analysis.json and figures [analysis]")
+    found.add_argument("--plot", action="store_true", help="draw the figures")
     return found
 
 
+@program()
 def main(arguments=None):
     """Print the tables and the verdicts, write analysis.json, draw the figures."""
-    with program():
-        analyze(flags().parse_args(arguments))
-
-
-def analyze(args):
-    """What the flags ask for, of the runs that they name."""
+    args = flags().parse_args(arguments)
     if args.plot:
         pyplot()
     args.device, _ = pick_device(args.device)
-    folder = Path(args.out)
-    runs = read_runs(args.runs, args.blocks)
+    folder, runs = Path(args.out), read_runs(args.runs, args.blocks)
+    sources = open_data(args, runs[0].model.video)
     check_output(folder, folder=True)
-    found, by_clip = measure(args, runs)
+    found, by_clip = measure(args, runs, sources)
     groups = make_groups(runs, found["runs"], by_clip)
     print_measurements(groups)
     verdicts = claims(groups)

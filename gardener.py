@@ -1,17 +1,17 @@
-"""Which layers of a masked video transformer matter? Their entropy says it without data, probes by removing them.
+"""Which layers of a masked video transformer matter? Entropy says it without data, a probe by removing them.
 
 Gardener: Xiang, Wu & Bai, "Entropy Reveals Block Importance in Masked Self-Supervised Vision Transformers",
 arXiv 2602.03918. The importance of a layer is the entropy of its weights; the lowest go first.
 
     python gardener.py RUN                           # seconds; or a VideoMAE, timm or Hugging Face checkpoint
-    python gardener.py CHECKPOINT --pattern 'trunk\\.{}\\.(qkv|proj|fc1|fc2)\\.weight'    # any other transformer
-    python gardener.py RUN RUN --prune --plot        # without its 1, 3, 5, ... least important layers: prune.json
+    python gardener.py CHECKPOINT --pattern 'trunk\\.{}\\.(qkv|proj|fc1|fc2)\\.weight'   # another transformer
+    python gardener.py RUN RUN --prune --plot        # without 1, 3, 5, ... least important layers: prune.json
 
 Shapes: B batch, N tokens, P values in one tubelet, D width.
 """
 
 import copy
-import itertools
+import functools
 import json
 import math
 import re
@@ -22,20 +22,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from analyze import pyplot
+from analyze import draw_band, pyplot, save_figure
 from blockwise import read_checkpoint
 from data import check_output, pick_device, program
 from model import patchify
-from probe import (
-    collect,
-    open_data,
-    parser,
-    print_table,
-    probe_accuracy,
-    read_runs,
-    split,
-    subjects,
-)
+from probe import extract, open_data, parser, print_table, probe_accuracy, read_runs, split, subjects
 
 # ---- importance without data ----
 
@@ -79,10 +70,8 @@ def layer_weights(state, pattern=None):
         if found:
             return dict(sorted(found.items()))
     some = ", ".join(key for key in state if key.endswith("weight"))[:400]
-    example = r"'blocks\.{}\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.weight'"
-    raise ValueError(
-        f"No key fits {pattern or 'a known naming'}; give --pattern, like {example}, for: {some} ..."
-    )
+    example = r"--pattern 'blocks\.{}\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.weight'"
+    raise ValueError(f"No key fits {pattern or 'a known naming'}; give one, like {example}, for: {some} ...")
 
 
 def read_state(path):
@@ -164,11 +153,11 @@ def least_important(importance, sizes):
 
 def probe_pruned(args, model, removed):
     """Linear probe of the last block without some layers: {frozenset: share of targets right, by clip}."""
-    data = open_data(args, model.video)
-    features, targets, _, labels, sizes = collect(args, {"": Pruned(model, removed)}, data)
+    models, sources = {"": Pruned(model, removed)}, open_data(args, model.video)
+    features, targets, _, labels, sizes = extract(models, sources, args.batch, args.workers, args.device)
     folds = split(targets, labels, sizes)
     probed = tqdm(features.items(), "probes", leave=False)
-    return {choice: probe_accuracy(x, targets, folds)[1].mean(axis=0) for (_, choice), x in probed}
+    return {choice: probe_accuracy(x, targets, folds)["correct"].mean(axis=0) for (_, choice), x in probed}
 
 
 def measure_pruning(args, model, draws=5):
@@ -189,15 +178,15 @@ def measure_pruning(args, model, draws=5):
         "magnitude": [magnitude],
     }
     sizes, single = [0, *range(1, depth, 2)], [frozenset([number]) for number in range(1, depth + 1)]
-    wanted = {
-        choice for draw in itertools.chain(*rankings.values()) for choice in least_important(draw, sizes)
-    }
-    right = probe_pruned(args, model, wanted.union(single))
+
+    def choices(rankings):
+        return {c for of_draws in rankings for draw in of_draws for c in least_important(draw, sizes)}
+
+    right = probe_pruned(args, model, choices(rankings.values()).union(single))
     without = [right[choice].mean() for choice in single]
     rankings["oracle"] = [np.negative(without)]
-    missing = set(least_important(rankings["oracle"][0], sizes)) - right.keys()
-    if missing:
-        right.update(probe_pruned(args, model, missing))
+    if missing := choices([rankings["oracle"]]) - right.keys():
+        right |= probe_pruned(args, model, missing)
     accuracy, rank_correlation = {}, {}
     for name, of_draws in rankings.items():
         accuracy[name] = [[right[c].mean() for c in least_important(draw, sizes)] for draw in of_draws]
@@ -212,69 +201,47 @@ def measure_pruning(args, model, draws=5):
     }
 
 
-def plot(results, folder):
-    """Draw accuracy against layers removed, a panel per run (figure_prune.png); random: ±1 sd of draws."""
-    plt = pyplot()
-    size = (4.2 * len(results), 3.8)
-    figure, axes = plt.subplots(
-        1, len(results), figsize=size, squeeze=False, sharey=True, layout="constrained"
-    )
-    for axis, (title, result) in zip(axes.flat, results.items()):
-        for name, draws in result["accuracy"].items():
-            mean, sd = np.mean(draws, axis=0), np.std(draws, axis=0, ddof=len(draws) > 1)
-            axis.plot(result["removed"], mean, marker="o", label=name)
-            axis.fill_between(result["removed"], mean - sd, mean + sd, alpha=0.2)
-        axis.set(title=title, xlabel="layers removed", xticks=result["removed"])
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("linear probe, last block")
-    handles, titles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, titles, loc="outside lower center", ncols=len(titles), frameon=False)
-    figure.savefig(folder / "figure_prune.png", dpi=150)
-    plt.close(figure)
+def draw_pruning(axis, title, result):
+    """Accuracy against layers removed, a line per ranking; random: ±1 sd of draws."""
+    for name, draws in result["accuracy"].items():
+        draw_band(axis, result["removed"], draws, name)
+    what = {"xlabel": "layers removed", "ylabel": "linear probe, last block"}
+    axis.set(title=title, xticks=result["removed"], **what)
 
 
 # ---- command line ----
 
 
-def flags():
-    """The command line of this script."""
-    found = parser(__doc__)
-    found.add_argument("--prune", action="store_true", help="probe with layers removed, in several orders")
-    found.add_argument(
-        "--pattern",
-        help="without --prune: regular expression of the weights' keys, {} = layer",
-    )
-    found.add_argument("--out", default="analysis", help="folder for prune.json [analysis]")
-    found.add_argument("--plot", action="store_true", help="with --prune: draw figure_prune.png")
-    return found
-
-
+@program()
 def main(arguments=None):
     """Rank the layers of every checkpoint by entropy, or probe the runs with layers removed."""
-    with program():
-        args = flags().parse_args(arguments)
-        if args.prune and args.pattern:
-            raise ValueError("--pattern is for checkpoints of other programs, which --prune cannot probe.")
-        if args.plot and not args.prune:
-            raise ValueError("--plot draws what --prune measures; give both.")
-        if args.prune:
-            print_pruning(args)
-        else:
-            for path in args.runs:
-                print_entropies(path, args.pattern)
+    flags = parser(__doc__)
+    add = flags.add_argument
+    add("--prune", action="store_true", help="probe with layers removed, in several orders")
+    add("--pattern", help="without --prune: regular expression of the weights' keys, {} = layer")
+    add("--out", default="analysis", help="folder for prune.json [analysis]")
+    add("--plot", action="store_true", help="with --prune: draw figure_prune.png")
+    args = flags.parse_args(arguments)
+    if args.prune and args.pattern:
+        raise ValueError("--pattern is for checkpoints of other programs, which --prune cannot probe.")
+    if args.plot and not args.prune:
+        raise ValueError("--plot draws what --prune measures; give both.")
+    if args.prune:
+        print_pruning(args)
+    else:
+        for path in args.runs:
+            print_entropies(path, args.pattern)
 
 
 def print_entropies(path, pattern):
     """The ranking of one checkpoint: a row per layer, and per block where the keys have two numbers."""
-    layers = layer_weights(read_state(path), pattern)
     rows, blocks = {}, defaultdict(list)
-    for numbers, weights in layers.items():
+    for numbers, weights in layer_weights(read_state(path), pattern).items():
         rows[layer_title(numbers)] = [[value] for value in layer_entropy(weights)]
-        blocks[numbers[0]] += weights
+        if len(numbers) > 1:
+            blocks[f"block{numbers[0]}, all"] += weights
     lowest = ", ".join(sorted(rows, key=lambda name: rows[name][0]))
-    if len(next(iter(layers))) > 1:
-        for k, weights in blocks.items():
-            rows[f"block{k}, all"] = [[value] for value in layer_entropy(weights)]
+    rows |= {name: [[value] for value in layer_entropy(weights)] for name, weights in blocks.items()}
     print_table(str(path), ["entropy", "/ ln N"], rows)
     print(f"lowest first: {lowest}")
 
@@ -289,8 +256,7 @@ def print_pruning(args):
     if args.plot:
         pyplot()
     args.device, _ = pick_device(args.device)
-    folder, results = Path(args.out), {}
-    runs = read_runs(args.runs, args.blocks)
+    folder, runs, results = Path(args.out), read_runs(args.runs, args.blocks), {}
     check_output(folder, folder=True)
     models = subjects(runs, args.before_norm)
     for run in runs:
@@ -305,7 +271,8 @@ def print_pruning(args):
     (folder / "prune.json").write_text(json.dumps(results, indent=1).replace("NaN", "null") + "\n")
     print(f"\n{folder}/prune.json")
     if args.plot:
-        plot(results, folder)
+        panels = [functools.partial(draw_pruning, title=t, result=result) for t, result in results.items()]
+        save_figure(folder / "figure_prune.png", panels)
         print(f"{folder}/figure_prune.png")
 
 

@@ -1,7 +1,6 @@
 """What can be read from block k? Linear probe, retrieval and k-NN on the mean-pooled tokens of every block.
 
-Römer & Dickscheid, arXiv 2601.09040, Sec. 4. Masking is off, and one pass over the clips gives all blocks'
-features.
+Römer & Dickscheid, arXiv 2601.09040, Sec. 4. Nothing is masked; one pass over the clips gives all features.
 
     python probe.py runs/nano-simultaneous-4                        # generated clips, their five labels
     python probe.py RUN RUN RUN --data gratings                             # the paper's stimuli
@@ -23,18 +22,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import data
 from blockwise import Blockwise, load
-from data import (
-    Gratings,
-    Parser,
-    Scenes,
-    Videos,
-    check_output,
-    evaluation_loader,
-    number,
-    pick_device,
-    program,
-)
 
 # ---- measurements: plain tensors in, numbers out ----
 
@@ -43,11 +32,11 @@ def logistic_probe(train_x, train_y, test_x, *, C=1.0):
     """Multinomial logistic regression, the linear probe (Sec. 4). Returns class probabilities (m, classes).
 
     Minimises sum of log-losses + |W|^2 / (2 C) to convergence, intercept free. Of two classes the authors and
-    scikit-learn penalise one weight vector, w1 - w0; so does this. Features are standardised with the training
-    mean and deviation; one that is constant in training is left out. A class that is not in training has
-    probability 0.
+    scikit-learn penalise one weight vector, w1 - w0; so does this. Features are standardised with mean and
+    deviation in training; one that is constant there is left out. A class not seen there has probability 0.
 
-    train_x (n, D), test_x (m, D): float. train_y (n,): class numbers; (n, L), of L targets, gives a list of L. Raises ValueError if a feature is not finite.
+    train_x (n, D), test_x (m, D): float. train_y (n,): class numbers; (n, L), of L targets, gives L results.
+    Raises ValueError if a feature is not finite.
     """
     if not (torch.isfinite(train_x).all() and torch.isfinite(test_x).all()):
         raise ValueError("Features are not finite (NaN or infinite); this run's checkpoint cannot be probed.")
@@ -92,10 +81,9 @@ def accuracies(predicted, true):
 
 
 def knn(train_x, train_y, test_x, *, k=20):
-    """Class numbers by majority of the k nearest training clips in cosine; the lowest of a tie.
+    """Class numbers by majority of the k (or all) nearest training clips in cosine; the lowest of a tie.
 
-    train_x (n, D), test_x (m, D). train_y (n,) gives (m,); (n, L), of L targets, gives (m, L). Of fewer than k
-    training clips all are asked.
+    train_x (n, D), test_x (m, D). train_y (n,) gives (m,); (n, L), of L targets, gives (m, L).
     """
     similarity = F.normalize(test_x.double(), dim=1) @ F.normalize(train_x.double(), dim=1).T  # (m, n)
     nearest = similarity.topk(min(k, len(train_y)), dim=1).indices  # (m, k)
@@ -115,13 +103,11 @@ def retrieval(x, labels, *, ks=(1, 5, 10)):
     found = [[] for _ in labels_of]  # of every target: [(queries, 1 + len(ks))]
     for queries in torch.arange(len(z)).split(256):
         distance = (-z[queries] @ z.T).round(decimals=12)  # (q, n)
-        distance[torch.arange(len(queries)), queries] = (
-            torch.inf
-        )  # a query comes last and does not find itself
+        distance.scatter_(1, queries.unsqueeze(1), torch.inf)  # a query comes last and does not find itself
         distance, order = distance.sort(dim=1)
         distance, order = distance[:, :-1], order[:, :-1]  # (q, n - 1)
-        # Among sorted distances a group of ties begins where they grow: `nearer` clips stand before the group of a
-        # clip, `rank` clips up to its end.
+        # A group of ties begins where sorted distances grow: `nearer` clips stand before the group of a clip,
+        # `rank` clips up to its end.
         grows = F.pad(distance.diff(dim=1) > 0, (1, 1), value=True)  # (q, n)
         place = torch.arange(len(z))
         nearer = (place * grows)[:, :-1].cummax(dim=1).values  # (q, n - 1)
@@ -134,10 +120,10 @@ def retrieval(x, labels, *, ks=(1, 5, 10)):
             first = same.int().argmax(dim=1, keepdim=True)  # the nearest of the class, among ties of which
             start, end, good = (a.gather(1, first).flatten() for a in (nearer, rank, hits))  # `good` are hits
             miss = torch.ones(len(queries), dtype=torch.float64)
-            for place in range(max(ks)):
-                drawn = (start <= place) & (place < end)  # one of the tied clips that are left
-                miss = torch.where(drawn, miss * (end - good - place) / (end - place), miss)
-                if place + 1 in ks:
+            for drawn in range(max(ks)):
+                tied = (start <= drawn) & (drawn < end)  # the next clip is one of those that are left
+                miss = torch.where(tied, miss * (end - good - drawn) / (end - drawn), miss)
+                if drawn + 1 in ks:
                     columns.append(1 - miss)
             of_target.append(torch.stack(columns, dim=1)[some])
     found = [torch.cat(parts) for parts in found]
@@ -174,57 +160,60 @@ class Pixels(torch.nn.Module):
 
 
 @torch.no_grad()
-def extract(models, source, *, indices=None, batch=32, workers=0, device="cpu", measure=None):
-    """One pass over a source through several models, masking off, fp32: (features, targets, indices).
+def extract(models, sources, batch=32, workers=0, device="cpu", measure=None):
+    """One pass over clips through several models, nothing masked, fp32.
 
-    models: {title: model with encode()}. indices: clips to take; None: all. Broken files are named and left
-    out.
+    models: {title: model with encode()}. sources: [(source, indices)]. Broken files are named and left out.
     measure: also collect this function of a block's tokens (B, N, D), which returns (B,).
-    Returns features {(title, "block1"): (n, D), ...}, the mean over the tokens after every block (Sec. 4),
-    and {(title, "block1", "measure"): (n,), ...}; targets (n, L), class numbers in source.labels; the clips
-    taken.
-    Raises ValueError if no clip can be read.
+    Returns features {(title, "block1"): (n, D), ...}, the mean over tokens after every block (Sec. 4), and
+    {(title, "block1", "measure"): (n,), ...}; targets (n, L), class numbers in labels; names of the clips;
+    labels {target: classes}; sizes, how many clips each source gave. Raises ValueError if it is none.
     """
     models = {title: model.eval().to(device) for title, model in models.items()}
-    indices = range(len(source)) if indices is None else indices
-    features, taken = defaultdict(list), []
-    bar = tqdm(total=len(indices), desc="features", unit=" clips", leave=False, mininterval=1)
-    for clips in evaluation_loader(source, indices=indices, batch=batch, workers=workers):
-        for path, reason in source.check_broken(clips["broken"]).items():
-            bar.write(f"broken, left out: {path} ({reason})")
-        for title, model in models.items() if clips["index"] else ():
-            for name, tokens in model.encode(clips["video"].to(device)).items():
-                features[title, name].append(tokens.float().mean(dim=1).cpu())  # (B, D)
-                if measure is not None:
-                    features[title, name, "measure"].append(measure(tokens).cpu())  # (B,)
-        taken += clips["index"]
-        bar.update(len(clips["index"]) + len(clips["broken"]))
+    features, targets, names, labels, sizes = defaultdict(list), [], [], {}, []
+    bar = tqdm(total=sum(len(indices) for _, indices in sources), desc="features", unit=" clips", leave=False)
+    for source, indices in sources:
+        for target, classes in source.labels.items():  # a test list may hold others, or in another order
+            labels[target] = tuple(dict.fromkeys([*labels.get(target, ()), *classes]))
+        for clips in data.evaluation_loader(source, indices=indices, batch=batch, workers=workers):
+            for path, reason in source.check_broken(clips["broken"]).items():
+                bar.write(f"broken, left out: {path} ({reason})")
+            for title, model in models.items() if clips["index"] else ():
+                for name, tokens in model.encode(clips["video"].to(device)).items():
+                    features[title, name].append(tokens.float().mean(dim=1).cpu())  # (B, D)
+                    if measure is not None:
+                        features[title, name, "measure"].append(measure(tokens).cpu())  # (B,)
+            for index in clips["index"]:
+                of_clip = zip(source.labels.items(), source.targets(index))
+                targets.append([labels[target].index(classes[n]) for (target, classes), n in of_clip])
+                names.append(source.name(index))
+            bar.update(len(clips["index"]) + len(clips["broken"]))
+        sizes.append(len(names) - sum(sizes))
     bar.close()
-    if not taken:
+    if not names:
         raise ValueError("There is no clip to read in this data.")
-    targets = torch.tensor([source.targets(index) for index in taken])
-    return {key: torch.cat(parts) for key, parts in features.items()}, targets, taken
+    features = {key: torch.cat(parts) for key, parts in features.items()}
+    return features, torch.tensor(targets), names, labels, sizes
 
 
 def score(x, targets, folds, *, k=20):
-    """All scores of one set of features x (n, D): ({name: [value of each of the L targets]}, correct).
+    """All scores of features x (n, D): those of probe_accuracy(), k-NN and retrieval by name, [L] each.
 
-    targets: (n, L). folds: [(train indices, test indices)]; accuracies are means over the folds. Retrieval is
-    among the test clips of all folds. "all" is one value: the share of test clips with every target right.
-    correct: as in probe_accuracy().
+    targets: (n, L). folds: [(train indices, test indices)]; accuracies are means over them, retrieval is
+    among the test clips of all. "all" is one value: the share of test clips with every target right.
     """
-    found, correct = probe_accuracy(x, targets, folds)
+    found = probe_accuracy(x, targets, folds)
     near = [(knn(x[train], targets[train], x[test], k=k) == targets[test]).double() for train, test in folds]
     found["knn"] = torch.stack([part.mean(dim=0) for part in near]).mean(dim=0).tolist()
-    found["all"] = [float(correct.all(axis=0).mean())]
+    found["all"] = [float(found["correct"].all(axis=0).mean())]
     tested = torch.cat([test for _, test in folds])
-    return found | retrieval(x[tested], targets[tested]), correct
+    return found | retrieval(x[tested], targets[tested])
 
 
 def probe_accuracy(x, targets, folds):
-    """Linear probe of every target: ({"accuracy": [L], "balanced": [L], "train": [L]}, correct).
+    """Linear probe of every target: {"accuracy": [L], "balanced": [L], "train": [L], "correct": (L, m)}.
 
-    The scores are means over folds. correct: (L, m) of 0 and 1, which of the m test clips were right.
+    The scores are means over folds. correct: 0 or 1, whether each of the m test clips was right.
     """
     scores, correct = [], []
     for train, test in folds:
@@ -234,14 +223,8 @@ def probe_accuracy(x, targets, folds):
         of_fold = zip(tested.T, targets[test].T, fitted.T, targets[train].T)
         scores.append([(*accuracies(a, b), accuracies(c, d)[0]) for a, b, c, d in of_fold])
         correct.append(tested == targets[test])
-    means = np.mean(scores, axis=0).T.tolist()  # (3, L)
-    return dict(zip(("accuracy", "balanced", "train"), means)), torch.cat(correct).T.double().numpy()
-
-
-def chance(targets, folds):
-    """Accuracy of always answering the most frequent training class, for every target: [L]."""
-    right = [targets[test] == targets[train].mode(dim=0).values for train, test in folds]  # [(m, L)]
-    return torch.stack([part.double().mean(dim=0) for part in right]).mean(dim=0).tolist()
+    found = dict(zip(("accuracy", "balanced", "train"), np.mean(scores, axis=0).T.tolist()))
+    return found | {"correct": torch.cat(correct).T.double().numpy()}
 
 
 # ---- runs and clips, as the command line names them ----
@@ -249,9 +232,8 @@ def chance(targets, folds):
 
 def parser(description):
     """The flags that say which runs to look at and on which clips: those of all programs that read runs."""
-    flags = Parser(description)
-    add, workers = flags.add_argument, max(1, torch.get_num_threads() // 2)
-    count = number(least=1, most=10**6)
+    flags, workers = data.Parser(description), max(1, torch.get_num_threads() // 2)
+    add, count, most = flags.add_argument, data.number(least=1, most=10**6), data.number(least=0, most=1000)
     add("runs", nargs="+", metavar="RUN", help="run folder of train.py, or a checkpoint of VideoMAE")
     add("--blocks", type=count, default=4, help="K that a checkpoint of VideoMAE is cut into [4]")
     add("--data", help="folder of videos, gratings, or double-gratings [generated moving scenes]")
@@ -262,18 +244,9 @@ def parser(description):
     add("--clips", type=count, help="take only this many, drawn at random [scenes: 3000]")
     add("--before-norm", action="store_true", help="read the last block before the output LayerNorm")
     add("--batch", type=count, default=32, help="clips at a time [32]")
-    add("--workers", type=number(least=0, most=1000), default=workers, help=f"that read clips [{workers}]")
+    add("--workers", type=most, default=workers, help=f"processes that read clips [{workers}]")
     add("--device", default="auto", help="cpu, cuda or mps [the fastest here]")
     return flags
-
-
-def flags():
-    """The command line of this script."""
-    found = parser(__doc__)
-    found.add_argument("--k", type=number(least=1, most=10**6), default=20, help="neighbours of k-NN [20]")
-    text = "write features, labels and names to exactly this file; no probe"
-    found.add_argument("--features", metavar="FILE.npz", help=text)
-    return found
 
 
 class Run(NamedTuple):
@@ -289,6 +262,13 @@ class Run(NamedTuple):
         """What trained it: not always the regime in the model's config, which only says its shape."""
         return self.checkpoint["settings"].get("regime")
 
+    @property
+    def untrained(self):
+        """Title of the same architecture at random initialisation."""
+        config = self.model.config
+        tubelet = "x".join(map(str, config["tubelet"]))
+        return f"untrained, {config['width']} wide, {tubelet}, K = {config['blocks']}"
+
 
 def read_runs(paths, blocks=4):
     """Runs from their folders. ValueError where they cannot be looked at together."""
@@ -299,27 +279,14 @@ def read_runs(paths, blocks=4):
         for other in runs:
             if title == other.title:
                 raise ValueError(f"Two runs are called {title}; rename one of the folders.")
+            both = f"{other.title} and {title}"
             if run.model.video != other.model.video:
-                raise ValueError(f"{other.title} and {title} take clips of different sizes; one at a time.")
-            if run.group == other.group and setting(run) != setting(other):
-                raise ValueError(
-                    f"{other.title} and {title} look like seeds of one run but differ; rename one."
-                )
+                raise ValueError(f"{both} take clips of different sizes; one at a time.")
+            one, two = ((r.checkpoint["config"], r.regime, r.checkpoint["step"]) for r in (run, other))
+            if run.group == other.group and one != two:
+                raise ValueError(f"{both} look like seeds of one run but differ; rename one.")
         runs.append(run)
     return runs
-
-
-def setting(run):
-    """What the seeds of one run have in common."""
-    return run.checkpoint["config"], run.regime, run.checkpoint["step"]
-
-
-def untrained(run):
-    """(title, network) of a run before its first step: the same architecture, at random initialisation."""
-    width, blocks, tubelet = (run.model.config[name] for name in ("width", "blocks", "tubelet"))
-    torch.manual_seed(run.checkpoint["settings"].get("seed", 0))
-    title = f"untrained, {width} wide, {'x'.join(map(str, tubelet))}, K = {blocks}"
-    return title, Blockwise(**run.checkpoint["config"])
 
 
 def subjects(runs, before_norm=False):
@@ -327,12 +294,14 @@ def subjects(runs, before_norm=False):
 
     before_norm: the last block of every network ends before the output LayerNorm.
     """
-    models = dict(untrained(run) for run in runs)
+    models = {"pixels": Pixels()}
+    for run in runs:
+        torch.manual_seed(run.checkpoint["settings"].get("seed", 0))
+        models[run.untrained] = Blockwise(**run.checkpoint["config"])
     models |= {run.title: copy.deepcopy(run.model) for run in runs}
-    if before_norm:
-        for model in models.values():
-            list(model.blocks.values())[-1].norm = None
-    return {"pixels": Pixels()} | models
+    for model in list(models.values())[1:] if before_norm else ():
+        list(model.blocks.values())[-1].norm = None
+    return models
 
 
 def open_data(args, video):
@@ -341,45 +310,16 @@ def open_data(args, video):
         raise ValueError("--train-list and --test-list go together; without both, 3 folds are drawn.")
     if args.train_list and args.data in (None, "gratings", "double-gratings"):
         raise ValueError("--train-list and --test-list name videos; say in which folder with --data.")
-    rules = {"video": video, "stride": args.stride, "short": args.short}
-    if args.train_list:
-        sources = [Videos(args.data, list_file=name, **rules) for name in (args.train_list, args.test_list)]
-    elif args.data is None:
-        sources = [Scenes("test", clips=args.clips or 3000, video=video)]
+    if args.data is None:
+        sources = [data.Scenes("test", clips=args.clips or 3000, video=video)]
     elif args.data in ("gratings", "double-gratings"):
-        sources = [Gratings(double=args.data == "double-gratings", video=video)]
+        sources = [data.Gratings(double=args.data == "double-gratings", video=video)]
     else:
-        sources = [Videos(args.data, **rules)]
+        lists = [args.train_list, args.test_list] if args.train_list else [None]
+        rules = {"video": video, "stride": args.stride, "short": args.short}
+        sources = [data.Videos(args.data, list_file=name, **rules) for name in lists]
     rng = np.random.default_rng(0)
     return [(source, sorted(rng.permutation(len(source))[: args.clips].tolist())) for source in sources]
-
-
-def collect(args, models, data, measure=None):
-    """Features of all clips from open_data(), as extract() gives them: (features, targets, names, labels, sizes).
-
-    names: of the clips. labels: {target: class names}. sizes: clips from each source.
-    """
-    features, targets, names, sizes = defaultdict(list), [], [], []
-    labels = dict(data[0][0].labels)
-    for source, indices in data:
-        at_once = {"batch": args.batch, "workers": args.workers, "device": args.device}
-        found, numbers, taken = extract(models, source, indices=indices, measure=measure, **at_once)
-        if "class" in labels:  # the test list may hold other classes, or in another order
-            classes = source.labels["class"]
-            labels["class"] += tuple(name for name in classes if name not in labels["class"])
-            numbers = torch.tensor([labels["class"].index(name) for name in classes])[numbers]
-        for key, value in found.items():
-            features[key].append(value)
-        targets.append(numbers)
-        names += [source.name(index) for index in taken]
-        sizes.append(len(taken))
-    return (
-        {key: torch.cat(parts) for key, parts in features.items()},
-        torch.cat(targets),
-        names,
-        labels,
-        sizes,
-    )
 
 
 def split(targets, labels, sizes):
@@ -387,27 +327,18 @@ def split(targets, labels, sizes):
 
     ValueError where a probe would only seem to measure something.
     """
-    if len(sizes) == 2:
-        folds = [torch.arange(len(targets)).split(sizes)]
-    else:
-        folds = stratified_folds(targets[:, 0])
+    folds = [torch.arange(len(targets)).split(sizes)] if len(sizes) == 2 else stratified_folds(targets[:, 0])
     for train, test in folds:
         if min(len(train), len(test)) == 0:
-            raise ValueError(
-                f"{len(targets)} clips are too few to fit and to test on; take more with --clips or more videos."
-            )
+            raise ValueError(f"{len(targets)} clips are too few to fit and to test on; take more.")
         for name, y in zip(labels, targets.T):
             fitted, tested = set(y[train].tolist()), set(y[test].tolist())
             if len(fitted) == 1:
-                only = labels[name][min(fitted)]
-                raise ValueError(
-                    f"All clips to fit on have {name} {only}; a probe needs two classes or more."
-                )
+                only = f"{name} {labels[name][min(fitted)]}"
+                raise ValueError(f"All clips to fit on have {only}; a probe needs two classes or more.")
             if not fitted & tested:
-                raise ValueError(
-                    f"The clips to fit and to test on have no {name} in common; with folds a class needs two "
-                    "clips or more, and two lists need labels of the same kind."
-                )
+                advice = "take two clips or more of a class, or two lists with labels of the same kind"
+                raise ValueError(f"The clips to fit and to test on have no {name} in common; {advice}.")
     return folds
 
 
@@ -430,49 +361,43 @@ def spread(values):
     return mean if len(values) == 1 else f"{mean} ±{np.std(values, ddof=1):.3f}"
 
 
-def main(arguments=None):
-    """Print what can be read from every block."""
-    with program():
-        probe(flags().parse_args(arguments))
-
-
-def probe(args):
-    """The tables, or the features file."""
-    args.device, _ = pick_device(args.device)
-    if args.features:
-        check_output(args.features)
-    runs = read_runs(args.runs, args.blocks)
-    models = subjects(runs, args.before_norm)
-    data = open_data(args, runs[0].model.video)
-    if args.features:
-        write_features(args, {run.title: models[run.title] for run in runs}, data)
-        return
-    features, targets, _, labels, sizes = collect(args, models, data)
-    folds = split(targets, labels, sizes)
-    groups, scores = {run.title: run.group for run in runs}, defaultdict(list)
-    for (title, name), x in tqdm(features.items(), "probes", leave=False):
-        scores[f"{groups.get(title, title)} {name}"].append(score(x, targets, folds, k=args.k)[0])
-    print_scores(args, scores, chance(targets, folds), folds, list(labels))
-
-
-def write_features(args, models, data):
-    """The file of --features."""
-    features, targets, names, labels, _ = collect(args, models, data)
-    arrays = {(name if len(models) == 1 else f"{title}/{name}"): x for (title, name), x in features.items()}
-    for (target, values), numbers in zip(labels.items(), targets.T):
-        arrays[target] = np.array(values)[numbers]
-    with open(args.features, "wb") as file:  # np.savez would add .npz to a name without it
-        np.savez(file, names=np.array(names), **arrays)
-    print(f"{args.features}: {', '.join(arrays)}, names; {len(names)} clips")
-
-
-def print_scores(args, scores, guess, folds, labels):
-    """The tables of scores {row: [score() of each seed]}; guess: chance() of every target."""
-    train, test = folds[0]
-    print(
-        f"{args.data or 'moving scenes'}: {len(train)} clips to fit, {len(test)} to test, folds: {len(folds)}"
+def flags():
+    """The command line of this script."""
+    found = parser(__doc__)
+    found.add_argument(
+        "--k", type=data.number(least=1, most=10**6), default=20, help="neighbours of k-NN [20]"
     )
-    rows = {"chance": [[np.mean(guess)], *([value] for value in guess)]}
+    text = "write features, labels and names to exactly this file; no probe"
+    found.add_argument("--features", metavar="FILE.npz", help=text)
+    return found
+
+
+@data.program()
+def main(arguments=None):
+    """Print what can be read from every block, or write the features file."""
+    args = flags().parse_args(arguments)
+    device, _ = data.pick_device(args.device)
+    if args.features:
+        data.check_output(args.features)
+    runs = read_runs(args.runs, args.blocks)
+    models, sources = subjects(runs, args.before_norm), open_data(args, runs[0].model.video)
+    if args.features:
+        models = {run.title: models[run.title] for run in runs}
+    features, targets, names, labels, sizes = extract(models, sources, args.batch, args.workers, device)
+    if args.features:
+        write_features(args.features, features, targets, names, labels)
+        return
+
+    folds = split(targets, labels, sizes)
+    groups, scores = {run.title: run.group for run in runs}, defaultdict(list)  # {row: [score() by seed]}
+    for (title, name), x in tqdm(features.items(), "probes", leave=False):
+        scores[f"{groups.get(title, title)} {name}"].append(score(x, targets, folds, k=args.k))
+    train, test = folds[0]
+    clips = f"{len(train)} clips to fit, {len(test)} to test"
+    print(f"{args.data or 'moving scenes'}: {clips}, folds: {len(folds)}")
+    right = [targets[test] == targets[train].mode(dim=0).values for train, test in folds]  # [(m, L)]
+    chance = torch.stack([part.double().mean(dim=0) for part in right]).mean(dim=0).tolist()
+    rows = {"chance": [[np.mean(chance)], *([value] for value in chance)]}
     for row, seeds in scores.items():
         rows[row] = [[np.mean(s["accuracy"]) for s in seeds], *zip(*(s["accuracy"] for s in seeds))]
     print_table("linear probe, test accuracy", ["mean", *labels], rows)
@@ -482,7 +407,18 @@ def print_scores(args, scores, guess, folds, labels):
     if len(labels) > 1:
         names.remove("all")
         rows = {row: [[s[name][0] for s in seeds] for name in names] for row, seeds in scores.items()}
-        print_table(f"{labels[0]} alone", names, rows)
+        print_table(f"{next(iter(labels))} alone", names, rows)
+
+
+def write_features(path, features, targets, names, labels):
+    """The file of --features, from what extract() returned."""
+    alone = len({title for title, _ in features}) == 1
+    arrays = {(name if alone else f"{title}/{name}"): x for (title, name), x in features.items()}
+    for (target, classes), numbers in zip(labels.items(), targets.T):
+        arrays[target] = np.array(classes)[numbers]
+    with open(path, "wb") as file:  # np.savez would add .npz to a name without it
+        np.savez(file, names=np.array(names), **arrays)
+    print(f"{path}: {', '.join(arrays)}, names; {len(names)} clips")
 
 
 if __name__ == "__main__":
