@@ -7,10 +7,6 @@ centre crop for evaluation; videos that are too short are dropped.
     for batch in loader(source, batch=32, last=1500):
         batch["video"]                                # (B, T, H, W, C) uint8
 
-Sample k of the endless training stream is a pure function of (seed, k): order, start, crop and flip keep no
-random state. So the number of workers, stopping and resuming change nothing, and any step's batch can be made
-again.
-
 Shapes: B batch, T frames, H W pixels, C channels.
 """
 
@@ -35,7 +31,7 @@ import av
 import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 # ---- generated clips: moving scenes ----
@@ -52,8 +48,6 @@ MOTIONS = {  # over one clip: x shift in half frames, y shift, turns, log-scale 
     "grow": (0, 0, 0, 0.6),
     "shrink": (0, 0, 0, -0.6),
 }
-
-
 SCENE_LABELS = {  # low, middle, middle, high, high
     "colour": tuple(COLOURS),
     "shape": ("disc", "ring", "cross"),
@@ -72,8 +66,7 @@ class Scenes:
     ones, because the content is smooth and dominated by low frequencies, as in natural images.
 
     A single frame says nothing about the motion: place (on a torus), angle and log-scale (on a circle) are
-    uniform at every frame, whatever the motion. So an object that has grown to its largest size goes on from
-    its smallest.
+    uniform at every frame. So an object that has grown to its largest size goes on from its smallest.
 
     split: "train" or "test". clips: how many make one epoch. video: (T, H, W).
     """
@@ -81,6 +74,8 @@ class Scenes:
     def __init__(self, split="train", *, clips=20000, video=(16, 64, 64), seed=0):
         self.split = ("train", "test").index(split)
         self.clips, self.video, self.seed, self.labels = clips, tuple(video), seed, SCENE_LABELS
+        self.combinations = list(itertools.product(*SCENE_LABELS.values()))
+        self.fingerprint = f"scenes {clips}"  # as in Videos
 
     def __len__(self):
         return self.clips
@@ -89,33 +84,29 @@ class Scenes:
         """What to call clip `index` in a message."""
         return f"generated clip {index}"
 
-    @property
-    def fingerprint(self):
-        """As in Videos."""
-        return f"scenes {self.clips}"
-
-    def check_broken(self, found=()):
+    def check_broken(self, found):
         """As in Videos; generated clips do not break."""
         return {}
 
+    def combination(self, index):
+        """Colour, shape, size, motion and agreement of clip `index`."""
+        rounds, place = divmod(index, len(self.combinations))
+        rng = np.random.default_rng((self.seed, self.split, 0, rounds))
+        return self.combinations[rng.permutation(len(self.combinations))[place]]
+
     def targets(self, index):
         """The class number of clip `index` in each of `labels`."""
-        sizes = [len(values) for values in self.labels.values()]
-        combinations = int(np.prod(sizes))
-        rounds, place = divmod(index, combinations)
-        order = np.random.default_rng((self.seed, self.split, 0, rounds)).permutation(combinations)
-        return tuple(int(number) for number in np.unravel_index(order[place], sizes))
+        pairs = zip(self.labels.values(), self.combination(index))
+        return tuple(classes.index(value) for classes, value in pairs)
 
     def read(self, index, rng=None):
         """Clip `index`, (T, H, W, C) uint8. Nothing is random: rng is unused."""
         rng = np.random.default_rng((self.seed, self.split, 1, index))
-        colour, shape, size, motion, agreement = (
-            values[number] for values, number in zip(self.labels.values(), self.targets(index))
-        )
+        colour, shape, size, motion, agreement = self.combination(index)
         others = [name for name in MOTIONS if name != motion]
         backdrop = motion if agreement == "yes" else others[rng.integers(len(others))]
-        frames = draw_background(rng, self.video, motion=backdrop)
-        draw_object(frames, rng, colour=colour, shape=shape, size=size, motion=motion)
+        frames = draw_background(rng, self.video, backdrop)
+        draw_object(frames, rng, colour, shape, size, motion)
         return (frames.clip(0, 1) * 255 + 0.5).astype(np.uint8).transpose(0, 1, 3, 2).copy()  # (T, H, W, C)
 
 
@@ -142,47 +133,41 @@ def plane_waves(x, y, frequency, angle, phase, weight):
     return (rows @ columns.reshape(T, -1, C * W)).reshape(T, -1, C, W)
 
 
-def draw_background(rng, video, *, motion, waves=3, speed=0.6, lowest=0.1, octaves=3, contrast=0.28):
-    """Smooth colours in motion, (T, H, C, W) float32: the sum of a few plane waves in each colour channel.
+def draw_background(rng, video, motion):
+    """Smooth colours in motion, (T, H, C, W) float32: the sum of three plane waves in each colour channel.
 
-    lowest: frequency in cycles per half frame; the waves lie up to `octaves` above. A wave fades out at both
-    ends of that range, so that the background zooms for ever without a seam. speed: shift over the clip, in
-    half frames.
+    A wave fades out at both ends of its range of frequencies, so that zooming goes on without a seam.
     """
     time, x, y = axes(video)
     right, down, turns, zoom = MOTIONS[motion]
-    n = 3 * waves
-    scale = (rng.random(n) - zoom * time) % 1  # (T, n)
-    frequency = lowest * 2 ** (octaves * scale)
-    angle = 2 * np.pi * (rng.random(n) + turns * time)
-    shift = speed * time * (right * np.cos(angle) + down * np.sin(angle))
-    phase = 2 * np.pi * (rng.random(n) - frequency * shift)
-    weight = contrast * np.sin(np.pi * scale)[..., None] ** 2 * np.tile(np.eye(3), (waves, 1))  # (T, n, C)
+    scale = (rng.random(9) - zoom * time) % 1  # (T, n)
+    frequency = 0.1 * 2 ** (3 * scale)  # from .1 cycles per half frame on, over three octaves
+    angle = 2 * np.pi * (rng.random(9) + turns * time)
+    shift = 0.6 * time * (right * np.cos(angle) + down * np.sin(angle))  # in half frames
+    phase = 2 * np.pi * (rng.random(9) - frequency * shift)
+    weight = 0.28 * np.sin(np.pi * scale)[..., None] ** 2 * np.tile(np.eye(3), (3, 1))  # (T, n, C)
     level = (0.35 + 0.3 * rng.random((3, 1))).astype(np.float32)
-    return (
-        plane_waves(x.repeat(len(time), 0), y.repeat(len(time), 0), frequency, angle, phase, weight) + level
-    )
+    return plane_waves(x, y, frequency, angle, phase, weight) + level
 
 
-def draw_object(frames, rng, *, colour, shape, size, motion, speed=1.2, contrast=0.12):
-    """Paint one object over frames (T, H, C, W), in place. speed: shift over the clip, in half frames."""
+def draw_object(frames, rng, colour, shape, size, motion):
+    """Paint one object over frames (T, H, C, W), in place. It shifts by 1.2 half frames over the clip."""
     T, H, _, W = frames.shape
     time, x, y = axes((T, H, W))
     right, down, turns, zoom = MOTIONS[motion]
     place = 2 * rng.random(2)
-    x = (x - place[0] - speed * right * time) % 2 - 1  # (T, W): from the object's centre, on a torus
-    y = (y - place[1] - speed * down * time) % 2 - 1  # (T, H)
+    x = (x - place[0] - 1.2 * right * time) % 2 - 1  # (T, W): from the object's centre, on a torus
+    y = (y - place[1] - 1.2 * down * time) % 2 - 1  # (T, H)
     radius = RADII[size] * 1.25 ** ((rng.random() + zoom * time) % 1)  # (T, 1)
     tilt = 2 * np.pi * (rng.random() + turns * time)  # (T, 1)
 
     frequency = (0.2 + 0.3 * rng.random(2)) / radius  # (T, 2)
     phase = np.tile(2 * np.pi * rng.random(2), (T, 1))
-    grey = plane_waves(x, y, frequency, tilt + 2 * np.pi * rng.random(2), phase, np.full((T, 2, 1), contrast))
+    grey = plane_waves(x, y, frequency, tilt + 2 * np.pi * rng.random(2), phase, np.full((T, 2, 1), 0.12))
     texture = grey + np.array(COLOURS[colour], np.float32)[:, None]  # (T, H, C, W)
 
-    x, y, radius, tilt = (
-        a.astype(np.float32) for a in (x[:, None], y[..., None], radius[..., None], tilt[..., None])
-    )
+    x, y = x[:, None].astype(np.float32), y[..., None].astype(np.float32)  # (T, 1, W), (T, H, 1)
+    radius, tilt = radius[..., None].astype(np.float32), tilt[..., None].astype(np.float32)  # (T, 1, 1)
     # The reach of each shape gives it the area of a disc of the same radius.
     if shape == "cross":  # of two bars, three times as long as wide
         across, along = (abs(np.cos(t) * x + np.sin(t) * y) for t in (tilt, tilt + np.float32(np.pi / 2)))
@@ -219,19 +204,29 @@ DOUBLE = {
     "contrast": (0.33, 0.67, 1.0),
     "colour": ("gray", "red", "green", "blue"),
 }
+DOUBLE_LABELS = {
+    "sf_left": DOUBLE["sf_left"],
+    "sf_right": DOUBLE["sf_right"],
+    "sf_difference": (-12, -6, 0, 6, 12),
+    "higher_side": ("left", "right", "equal"),
+    "sf_match": ("no", "yes"),
+    "theta_left": ANGLES,
+    "theta_right": tuple(range(0, 360, 15)),
+    "delta": DOUBLE["delta"],
+    "theta_match": ("no", "yes"),
+}
 
 
-def drifting_grating(*, sf, theta, tf, contrast, colour, video=(16, 128, 128), rate=6.25):
+def drifting_grating(*, sf, theta, tf, contrast, colour, video=(16, 128, 128)):
     """A drifting grating (Sec. 4): (T, H, W, 3) float32, values -1..1 times the colour vector.
 
-    Frame i = contrast * sin(2 pi (sf / 2) x' + 2 pi tf / rate * i), x' = x cos(theta) + y sin(theta), with x
-    and y from -1 to 1 over the frame. sf in cycles per width, theta in degrees, tf in Hz, rate in frames per
-    second.
+    Frame i = contrast * sin(2 pi (sf / 2) x' + 2 pi tf / 6.25 * i), x' = x cos(theta) + y sin(theta), with
+    x and y from -1 to 1 over the frame. sf in cycles per width, theta in degrees, tf in Hz.
     """
     T, H, W = video
     x, y = np.linspace(-1, 1, W)[None, None], np.linspace(-1, 1, H)[None, :, None]
     along = x * math.cos(math.radians(theta)) + y * math.sin(math.radians(theta))
-    time = np.arange(T)[:, None, None] / rate
+    time = np.arange(T)[:, None, None] / 6.25  # seconds
     wave = contrast * np.sin((np.pi * sf * along + 2 * np.pi * tf * time).astype(np.float32))
     return wave[..., None].astype(np.float32) * np.array(HUES[colour], np.float32)
 
@@ -245,36 +240,23 @@ class Gratings:
 
     def __init__(self, *, double=False, video=(16, 128, 128)):
         self.double, self.video = double, tuple(video)
-        self.parameters = DOUBLE if double else SINGLE
-        self.labels = SINGLE
-        if double:
-            self.labels = {
-                "sf_left": DOUBLE["sf_left"],
-                "sf_right": DOUBLE["sf_right"],
-                "sf_difference": (-12, -6, 0, 6, 12),
-                "higher_side": ("left", "right", "equal"),
-                "sf_match": ("no", "yes"),
-                "theta_left": ANGLES,
-                "theta_right": tuple(range(0, 360, 15)),
-                "delta": DOUBLE["delta"],
-                "theta_match": ("no", "yes"),
-            }
+        self.parameters, self.labels = (DOUBLE, DOUBLE_LABELS) if double else (SINGLE, SINGLE)
+        self.combinations = list(itertools.product(*self.parameters.values()))
 
     def __len__(self):
-        return math.prod(map(len, self.parameters.values()))
+        return len(self.combinations)
 
     def name(self, index):
         """What to call clip `index`: its parameters."""
         return ", ".join(f"{name} {value}" for name, value in self.stimulus(index).items())
 
-    def check_broken(self, found=()):
+    def check_broken(self, found):
         """As in Videos; generated clips do not break."""
         return {}
 
     def stimulus(self, index):
         """Parameters of clip `index`, by name."""
-        numbers = np.unravel_index(index, [len(values) for values in self.parameters.values()])
-        return {name: values[number] for (name, values), number in zip(self.parameters.items(), numbers)}
+        return dict(zip(self.parameters, self.combinations[index]))
 
     def targets(self, index):
         """The class number of clip `index` in each of `labels`."""
@@ -290,17 +272,15 @@ class Gratings:
 
     def read(self, index, rng=None):
         """Clip `index`, (T, H, W, C) uint8: values -1..1 become 0..255. Nothing is random: rng is unused."""
-        of = self.stimulus(index)
-        draw = functools.partial(
-            drifting_grating, tf=of["tf"], contrast=of["contrast"], colour=of["colour"], video=self.video
-        )
+        of = self.stimulus(index) | {"video": self.video}
         if self.double:
-            frames = draw(sf=of["sf_left"], theta=of["theta_left"])
-            right = draw(sf=of["sf_right"], theta=(of["theta_left"] + of["delta"]) % 360)
+            left = {"sf": of.pop("sf_left"), "theta": of.pop("theta_left")}
+            right = {"sf": of.pop("sf_right"), "theta": (left["theta"] + of.pop("delta")) % 360}
             half = self.video[2] // 2
-            frames[:, :, half:] = right[:, :, half:]
+            frames = drifting_grating(**left, **of)
+            frames[:, :, half:] = drifting_grating(**right, **of)[:, :, half:]
         else:
-            frames = draw(sf=of["sf"], theta=of["theta"])
+            frames = drifting_grating(**of)
         return np.rint((frames + 1) * 127.5).astype(np.uint8)
 
 
@@ -321,32 +301,37 @@ class BrokenVideos(ValueError):
 class Videos:
     """All videos below a folder, or those that a list names; the label is the parent folder, or in the list.
 
-    folder: searched by file extension. list_file: one `path [label]` per line, relative to folder; paths may
-    hold spaces.
+    folder: searched by file extension.
+    list_file: one `path [label]` per line, relative to folder; paths may hold spaces.
     video: (T, H, W) of a clip. stride: take every stride-th frame.
     short: what happens to videos of fewer than T * stride frames: "drop" (the paper's rule) leaves them out,
     "repeat" repeats their last frame.
     `broken` {name: reason} are the files that cannot be read, `dropped` {name: frames} the short ones.
-    Raises ValueError if no usable video is left, BrokenVideos if more than MAX_BROKEN of the files are
-    broken.
+    Raises ValueError if no usable video is left, BrokenVideos if more than MAX_BROKEN of them are broken.
     """
 
     def __init__(self, folder, *, list_file=None, video=(16, 128, 128), stride=4, short="drop"):
         self.folder, self.video, self.stride, self.short = Path(folder), tuple(video), stride, short
-        if not os.fspath(folder) or not self.folder.is_dir():
+        if not os.path.isdir(folder):
             raise ValueError(f"{str(folder)!r} is not a folder; --data wants the folder your videos are in.")
-        entries, self.classes = read_list(self.folder, list_file) if list_file else walk(self.folder)
-        if not entries:
+        found = read_list(list_file) if list_file else [(path, None) for path in walk(folder)]
+        if not found:
             looked = EXTENSIONS.replace("|", " ")
             raise ValueError(f"No videos in {list_file or folder} (looked for {looked}).")
-        self.labels, self.total = {"class": self.classes}, len(entries)
+        counts = look_at(self.folder, [path for path, _ in found])
+        found, self.classes = label_videos(self.folder, found)
+        self.labels, self.total = {"class": self.classes}, len({printable(path) for path in counts})
         self.files, self.broken, self.dropped, left_out = [], {}, {}, {}
-        for (path, label), count in zip(entries, look_at(self.folder, [path for path, _ in entries])):
+        for path, label in found:
+            count = counts[path]
             if isinstance(count, int) and (short == "repeat" or count >= self.video[0] * stride):
                 self.files.append((path, label))
             else:
                 left_out[printable(path)] = count
         self.check_broken(left_out)
+        # Names the videos and their order: a run can only be resumed on the same ones.
+        paths = "\n".join(path for path, _ in self.files)
+        self.fingerprint = hashlib.sha256(paths.encode("utf-8", "surrogatepass")).hexdigest()
 
     def __len__(self):
         return len(self.files)
@@ -354,12 +339,6 @@ class Videos:
     def name(self, index):
         """Path of video `index` relative to the folder, as it can be printed."""
         return printable(self.files[index][0])
-
-    @property
-    def fingerprint(self):
-        """Names the videos and their order: a run can only be resumed on the same ones."""
-        paths = "\n".join(path for path, _ in self.files)
-        return hashlib.sha256(paths.encode("utf-8", "surrogatepass")).hexdigest()
 
     def targets(self, index):
         """Class number of video `index`, as a tuple of one."""
@@ -371,44 +350,34 @@ class Videos:
         rng: random start, crop and flip, for training (Sec. 3.2); None: all in the middle.
         """
         start, top, left, mirror = (0.5, 0.5, 0.5, 0.0) if rng is None else rng.random(4)
-        clip = read_clip(
-            self.folder / self.files[index][0],
-            video=self.video,
-            stride=self.stride,
-            start=start,
-            crop=(top, left),
-            short=self.short,
-        )
+        path, rules = self.folder / self.files[index][0], {"stride": self.stride, "short": self.short}
+        clip = read_clip(path, video=self.video, start=start, crop=(top, left), **rules)
         return np.ascontiguousarray(clip[:, :, ::-1]) if mirror > 0.5 else clip
 
-    def check_broken(self, found=()):
+    def check_broken(self, found):
         """Note videos that turned out broken {name: reason} or short {name: frames}.
 
-        Returns the new ones {name: reason}. Raises BrokenVideos if too many are broken, ValueError if none is
-        left.
+        Returns the new ones {name: reason}. BrokenVideos if too many are broken, ValueError if none is left.
         """
         new = {}
-        for name, what in dict(found).items():
+        for name, what in found.items():
             if name not in self.broken and name not in self.dropped:
                 short = isinstance(what, int)
                 (self.dropped if short else self.broken)[name] = what
                 new[name] = f"too short: {what} frames" if short else what
-        names = map(self.name, range(len(self)))
-        none_left = all(name in self.broken or name in self.dropped for name in names)
+        none_left = len(self.broken) + len(self.dropped) == self.total
         if none_left and self.dropped:
-            T, needed = self.video[0], self.video[0] * self.stride
-            fits = max(self.dropped.values()) // T
+            fits = max(self.dropped.values()) // self.video[0]
             fix = f"--stride {fits} would fit the longest, " if fits else ""
             raise ValueError(
-                f"All {len(self.dropped)} videos that can be read have fewer than {T} frames x stride "
-                f"{self.stride} = {needed} frames; {fix}--short repeat fits all."
+                f"All {len(self.dropped)} videos that can be read have fewer than {self.video[0]} frames "
+                f"x stride {self.stride}; {fix}--short repeat fits all."
             )
         if none_left or len(self.broken) > max(1, MAX_BROKEN * self.total):
-            which = "; ".join(f"{name} ({why})" for name, why in list(self.broken.items())[:10])
-            more = f" and {len(self.broken) - 10} more" if len(self.broken) > 10 else ""
+            which = "; ".join(f"{name} ({why})" for name, why in itertools.islice(self.broken.items(), 10))
             raise BrokenVideos(
                 f"{len(self.broken)} of {self.total} videos cannot be read, at most {MAX_BROKEN:.0%} may be: "
-                f"{which}{more}. Repair them, move them away, or leave them out with --list."
+                f"{which}. Repair them, move them away, or leave them out with --list."
             )
         return new
 
@@ -419,7 +388,7 @@ def printable(name):
 
 
 def walk(folder):
-    """All videos below a folder, by extension in any case, sorted: ([(path, label)], class names).
+    """Paths of all videos below a folder, relative to it, by extension in any case, sorted.
 
     Links to folders are followed, after all real folders; no folder is read twice, so loops of links end.
     """
@@ -433,19 +402,12 @@ def walk(folder):
             known.add(os.path.realpath(root))
             folders.sort()
             todo += [Path(root, name) for name in folders if Path(root, name).is_symlink()]
-            found += [Path(root, file) for file in files if video.fullmatch(file)]
-    paths = sorted(path.relative_to(folder) for path in found)
-    entries = [(path.as_posix(), printable(path.parent.name or folder.resolve().name)) for path in paths]
-    return entries, tuple(sorted({label for _, label in entries}, key=str.lower))
+            found += [Path(root, file).relative_to(folder) for file in files if video.fullmatch(file)]
+    return [path.as_posix() for path in sorted(found)]
 
 
-def read_list(folder, list_file):
-    """Entries of a list file, `path [label]` per line: ([(path, label)], class names in order).
-
-    Without a label it is the parent folder. UCF101's trainlist files work as they are: where the labels are
-    numbers that stand one to one for parent folders, the folder names are the classes, in the order of the
-    numbers (its classInd.txt).
-    """
+def read_list(list_file):
+    """[(path, label or None)] of a list file, `path [label]` per line."""
     try:
         text = Path(list_file).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
@@ -454,32 +416,41 @@ def read_list(folder, list_file):
         raise ValueError(f"Cannot read the list {list_file}: it is no text in UTF-8; save it as such.")
     entry = re.compile(rf"(.*\.(?:{EXTENSIONS}))(?:\s+(.*))?", re.IGNORECASE)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    entries = [match.groups() if (match := entry.fullmatch(line)) else (line, None) for line in lines]
-    parents = [printable(Path(path).parent.name or folder.resolve().name) for path, _ in entries]
-    numbered = {(given, parent) for (_, given), parent in zip(entries, parents)}
-    one_to_one = len(numbered) == len({given for given, _ in numbered}) == len(set(parents))
-    if one_to_one and all(given and given.isdigit() for given, _ in numbered):
-        classes = tuple(parent for _, parent in sorted(numbered, key=lambda pair: int(pair[0])))
-        return [(path, parent) for (path, _), parent in zip(entries, parents)], classes
-    entries = [(path, printable(given or parent)) for (path, given), parent in zip(entries, parents)]
-    return entries, tuple(sorted({label for _, label in entries}, key=str.lower))
+    return [match.groups() if (match := entry.fullmatch(line)) else (line, None) for line in lines]
+
+
+def label_videos(folder, found):
+    """([(path, label)], class names in order) of [(path, label or None)]: None becomes the parent folder.
+
+    UCF101's trainlist files work as they are: where all labels are numbers that stand one to one for parent
+    folders, the folder names are the classes, in the order of the numbers (its classInd.txt).
+    """
+    parents = [printable(Path(path).parent.name or folder.resolve().name) for path, _ in found]
+    numbers = [given for _, given in found]
+    pairs = set(zip(numbers, parents))
+    one_to_one = len(pairs) == len(set(numbers)) == len(set(parents))
+    if one_to_one and all(number and number.isdecimal() for number in numbers):
+        names, classes = parents, [parent for _, parent in sorted(pairs, key=lambda pair: int(pair[0]))]
+    else:
+        names = [printable(given or parent) for given, parent in zip(numbers, parents)]
+        classes = sorted(set(names), key=lambda name: (name.lower(), name))
+    return [(path, name) for (path, _), name in zip(found, names)], tuple(classes)
 
 
 def look_at(folder, names):
-    """count_or_reason() of videos in a folder, in their order, several at a time."""
+    """{name: frames that a file promises, or the reason (a str) why it is no video}; several at a time."""
+
+    def count_or_reason(name):
+        try:
+            with open_video(folder / name) as (container, stream):
+                # Matroska, WebM, MPEG and others do not store the count.
+                return max(stream.frames, 0) or count_packets(container, stream) or "holds no frames"
+        except READ_ERRORS as error:
+            return reason(error)
+
     with ThreadPoolExecutor(8) as pool:
-        counts = pool.map(lambda name: count_or_reason(folder / name), names)
-        return list(tqdm(counts, "look at videos", len(names), leave=False))
-
-
-def count_or_reason(path):
-    """Number of frames that a file promises, or the reason (a str) why it is no video."""
-    try:
-        with open_video(path) as (container, stream):
-            # Matroska, WebM, MPEG and others do not store the count.
-            return max(stream.frames, 0) or count_packets(container, stream) or "holds no frames"
-    except READ_ERRORS as error:
-        return reason(error)
+        counts = tqdm(pool.map(count_or_reason, names), "look at videos", len(names), leave=False)
+        return dict(zip(names, counts))
 
 
 # ---- videos: the frames of a file ----
@@ -518,9 +489,7 @@ def open_video(path):
         if stream.codec_context is None:
             raise ValueError("its codec has no decoder here")
         if stream.width * stream.height > MAX_PIXELS:
-            raise ValueError(
-                f"claims frames of {stream.width} x {stream.height} pixels, at most {MAX_PIXELS} can be"
-            )
+            raise ValueError(f"claims frames of {stream.width} x {stream.height}, over {MAX_PIXELS} pixels")
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change on the way
         stream.codec_context.thread_count = 1  # the workers are the parallelism
         yield container, stream
@@ -540,15 +509,13 @@ def count_packets(container, stream):
 def all_frames(container, stream, *, limit=True):
     """Decoded frames in display order, up to the end of the file or the first damage after a good frame.
 
-    They end at damage because frames are missing there: no clip may lead across it. limit: for one clip, no
-    more than MAX_DECODED.
+    They end at damage because frames are missing there: no clip may lead across it.
+    limit: for one clip, no more than MAX_DECODED.
     """
     most, good = MAX_DECODED // (stream.width * stream.height or 1) if limit else math.inf, False
     for number, packet in enumerate(packets(container, stream)):
         if number > most:
-            raise ValueError(
-                f"needs more than {most} frames decoded for one clip; encode it again, with more key frames"
-            )
+            raise ValueError(f"one clip needs over {most} frames decoded; encode it with more key frames")
         try:
             frames = stream.codec_context.decode(packet)
         except av.FFmpegError:
@@ -568,13 +535,11 @@ def frames_from(container, stream, time, *, back):
     with contextlib.suppress(av.FFmpegError, OverflowError):  # what cannot seek stays at its beginning
         container.seek(int((time - back) / stream.time_base), stream=stream)
     half = 0.5 / frame_rate(stream)  # time stamps are rounded
-    key, reached = False, False
+    key = reached = False
     for frame in all_frames(container, stream):
         if not (key or frame.key_frame):
             continue  # refers to frames before the key frame, which were not decoded
-        if frame.is_corrupt or frame.time is None:
-            return
-        if not key and frame.time > time + half:
+        if frame.is_corrupt or frame.time is None or (not key and frame.time > time + half):
             return
         key, reached = True, reached or frame.time >= time - half
         if reached:
@@ -586,64 +551,53 @@ def frame_rate(stream):
     return float(stream.average_rate or stream.guessed_rate or 25)
 
 
-def extent(container, stream):
-    """(begin in seconds, duration in seconds, frames) by the header; duration 0 where it has none."""
-    begin = float((stream.start_time or 0) * stream.time_base)
-    seconds = (
-        stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
-    )
-    by_time = float(seconds) * frame_rate(stream)
-    count = min(stream.frames or by_time, by_time) or count_packets(container, stream)  # edit lists hide some
-    return begin, float(seconds), max(1.0, count)
-
-
 def read_clip(path, *, video=(16, 128, 128), stride=4, start=0.5, crop=(0.5, 0.5), short="repeat"):
     """Read T frames of a video file, every stride-th, from a place given as a fraction: (T, H, W, C) uint8.
 
-    start: 0 is the earliest possible start, 1 the latest. crop: (vertical, horizontal) place of the crop,
-    0..1.
-    short: with too few frames, "repeat" repeats the last one, "drop" raises TooShort. Rotation by metadata
-    is applied (phones film sideways); non-square pixels and HDR are not converted. Stride counts frames, not
-    seconds. Time stamps only choose where a clip starts; from there on frames are counted.
+    start: 0 is the earliest possible start, 1 the latest. crop: its (vertical, horizontal) place, 0..1.
+    short: with too few frames, "repeat" repeats the last one, "drop" raises TooShort.
+    Rotation by metadata is applied (phones film sideways); non-square pixels and HDR are not converted.
+    Time stamps only choose where a clip starts; from there on frames are counted, also by the stride.
     Raises READ_ERRORS if nothing can be read.
+    Differs from paper, which names a random 128 x 128 crop only: the shorter side is first resized to that.
     """
-    # Differs from paper: it names a random 128 x 128 crop only; here the shorter side is first resized to
-    # that.
-    T, span, frames = video[0], video[0] * stride, []
+    T, H, W = video
+    span, reformatter = T * stride, VideoReformatter()
+
+    def take(found, skip=0):
+        """Up to T frames, every stride-th after the first `skip`, each (H, W, C), and how many went by."""
+        kept, passed = [], 0
+        for passed, frame in enumerate(found, 1):
+            if passed > skip and (passed - skip - 1) % stride == 0:
+                kept.append(upright_crop(frame, reformatter, H, W, crop))
+                if len(kept) == T:
+                    break
+        return kept, passed
+
     with open_video(path) as (container, stream):
-        begin, seconds, count = extent(container, stream)
-        time = begin + start * seconds * max(0.0, 1 - span / count)
-        can_seek = time > begin and container.format.name != "mxf"  # whose time stamps may then be wrong
-        for back in (0, 2):  # seconds: the key frame before `time` in the file may show after it
-            if can_seek and len(frames) < T:
-                found = frames_from(container, stream, time, back=back)
-                frames, _ = take_clip(found, video=video, stride=stride, crop=crop)
+        begin = float((stream.start_time or 0) * stream.time_base)
+        seconds = float((stream.duration or 0) * stream.time_base) or (container.duration or 0) / av.time_base
+        by_time = seconds * frame_rate(stream)  # fewer than stored if an edit list hides some
+        count = min(stream.frames or by_time, by_time) or count_packets(container, stream)
+        time = begin + start * seconds * max(0.0, 1 - span / max(1.0, count))
+        if time > begin and container.format.name != "mxf":  # whose time stamps may be wrong after a seek
+            for back in (0, 2):  # seconds: the key frame before `time` in the file may show after it
+                frames, _ = take(frames_from(container, stream, time, back=back))
+                if len(frames) == T:
+                    return np.stack(frames)  # (T, H, W, C)
     # Where seeking fails, and at the very beginning: decode from there, and count. That tells how many frames
     # there really are; if the header has promised more, choose the place again.
     for _ in range(2):
-        if len(frames) < T:
-            skip = int(start * max(0, count - span))
-            with open_video(path) as (container, stream):
-                found = all_frames(container, stream)
-                frames, count = take_clip(found, video=video, stride=stride, crop=crop, skip=skip)
-            if skip == 0:
-                break
+        skip = int(start * max(0, count - span))
+        with open_video(path) as (container, stream):
+            frames, count = take(all_frames(container, stream), skip)
+        if len(frames) == T or skip == 0:
+            break
     if not frames:
         raise ValueError("no frame can be decoded")
     if len(frames) < T and short == "drop":
         raise TooShort(count)
     return np.stack(frames + frames[-1:] * (T - len(frames)))  # (T, H, W, C)
-
-
-def take_clip(frames, *, video, stride, crop, skip=0):
-    """Up to T frames, every stride-th after the first `skip`, each (H, W, C) uint8, and how many went by."""
-    reformatter, kept, passed = VideoReformatter(), [], 0
-    for passed, frame in enumerate(frames, 1):
-        if passed > skip and (passed - skip - 1) % stride == 0:
-            kept.append(upright_crop(frame, reformatter, video[1], video[2], crop))
-            if len(kept) == video[0]:
-                break
-    return kept, passed
 
 
 def upright_crop(frame, reformatter, H, W, crop):
@@ -691,23 +645,20 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
-def number(kind=int, *, least=None, most=None, above=None, below=None):
+def number(kind=int, *, least=-math.inf, most=math.inf, above=-math.inf, below=math.inf):
     """A type for argparse: an int or a finite float inside the limits that are given."""
     limits = {"at least": least, "more than": above, "at most": most, "below": below}
     wanted = "an integer" if kind is int else "a finite number"
-    wanted += "".join(f", {word} {limit}" for word, limit in limits.items() if limit is not None)
+    wanted += "".join(f", {word} {limit}" for word, limit in limits.items() if abs(limit) != math.inf)
 
     def convert(text):
         try:
-            value = kind(text)
+            value, shown = kind(text), text
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r:.40} must be {wanted}") from None
-        inside = kind is int or math.isfinite(value)
-        inside = inside and (least is None or value >= least) and (most is None or value <= most)
-        inside = inside and (above is None or value > above) and (below is None or value < below)
-        if not inside:
-            raise argparse.ArgumentTypeError(f"{text:.40} must be {wanted}")
-        return value
+            value, shown = math.nan, repr(text)
+        if least <= value <= most and above < value < below:  # nan never is
+            return value
+        raise argparse.ArgumentTypeError(f"{shown:.40} must be {wanted}")
 
     return convert
 
@@ -742,14 +693,6 @@ def pick_device(name="auto"):
     return name, "as asked"
 
 
-def keep_buffers():
-    """Let glibc keep what is freed: to give large buffers back, step after step, costs up to a third of a CPU's time."""
-    with contextlib.suppress(AttributeError, TypeError, OSError):  # elsewhere than on Linux with glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: larger ones still come from the system
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
 def free_workers(error):
     """Let go of a loader that failed. Python would wait for ever for its workers, which ignore signals."""
     if hasattr(signal, "SIGCHLD"):  # not on Windows; torch's handler would raise again meanwhile
@@ -760,26 +703,27 @@ def free_workers(error):
 @contextlib.contextmanager
 def program():
     """Around the main() of every program: what ends it ends it with one sentence and without a traceback."""
-    keep_buffers()
+    with contextlib.suppress(AttributeError, TypeError, OSError):  # elsewhere than on Linux with glibc
+        # Keep what is freed: giving large buffers back at every step costs up to a third of a CPU's time.
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: larger ones still come from the system
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     try:
-        try:
-            yield
-        except Exception as error:
-            free_workers(error)
-            raise
+        yield
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except ValueError as error:
-        fail(error)
-    except OSError as error:  # a full disk, for example
-        fail(f"{error.filename or 'a file'}: {reason(error)}", code=1)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        fail("out of memory; try a smaller --batch.", code=1)
+    except Exception as error:
+        free_workers(error)
+        if isinstance(error, BrokenPipeError):  # | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        if isinstance(error, ValueError):
+            fail(error)
+        if isinstance(error, OSError):  # a full disk, for example
+            fail(f"{error.filename or 'a file'}: {reason(error)}", code=1)
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
+            fail("out of memory; try a smaller --batch.", code=1)
+        raise
 
 
 # ---- batches ----
@@ -792,22 +736,34 @@ def epoch_order(seed, epoch, clips):
 
 
 def read_sample(source, index, rng=None):
-    """(clip, {}), or (None, {name: reason, or frames of a video that is too short})."""
+    """A sample; its video is None where `broken` {name: reason, or frames, if too short} says why."""
+    video, broken = None, {}
     try:
-        return torch.from_numpy(source.read(index, rng)), {}
-    except TooShort as error:
-        return None, {source.name(index): error.frames}
+        video = torch.from_numpy(source.read(index, rng))
     except READ_ERRORS as error:
-        return None, {source.name(index): reason(error)}
+        broken[source.name(index)] = error.frames if isinstance(error, TooShort) else reason(error)
+    return {"video": video, "index": index, "broken": broken}
 
 
-class Stream(torch.utils.data.Dataset):
+class Ordered(Dataset):
+    """The clips of a source in order, read as for evaluation. A broken file gives only its reason."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __getitem__(self, index):
+        return read_sample(self.source, index)
+
+
+class Stream(Dataset):
     """The endless stream of training samples: sample k is a pure function of (seed, k).
 
-    A broken or short file is replaced by the next good one of the source, and reported with the sample.
+    Order, start, crop and flip keep no random state. So the number of workers, stopping and resuming change
+    nothing, and any step's batch can be made again. A broken or short file is replaced by the next good one
+    of the source, and reported with the sample.
     """
 
-    def __init__(self, source, *, seed=0):
+    def __init__(self, source, seed):
         self.source, self.seed = source, seed
 
     def __getitem__(self, k):
@@ -816,27 +772,15 @@ class Stream(torch.utils.data.Dataset):
         first = int(epoch_order(self.seed, epoch, clips)[place])
         rng = np.random.default_rng((self.seed, 1, epoch, first))
         for tried in range(clips):
-            index = (first + tried) % clips
-            video, why = read_sample(self.source, index, rng)
-            broken.update(why)
-            if video is not None:
+            sample = read_sample(self.source, (first + tried) % clips, rng)
+            broken |= sample["broken"]
+            if sample["video"] is not None:
                 break
-        return {"video": video, "index": index, "broken": broken}  # all broken: check_broken() ends the run
-
-
-class Ordered(torch.utils.data.Dataset):
-    """The clips of a source in order, read as for evaluation. A broken file gives only its reason."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def __getitem__(self, index):
-        video, broken = read_sample(self.source, index)
-        return {"video": video, "index": index, "broken": broken}
+        return sample | {"broken": broken}  # all broken: check_broken() ends the run
 
 
 def collate(samples):
-    """Samples to a batch: video (B, T, H, W, C) uint8 or None, index [B], broken as check_broken() takes it."""
+    """A batch: video (B, T, H, W, C) uint8 or None, index [B], broken as check_broken() takes it."""
     read = [sample for sample in samples if sample["video"] is not None]
     return {
         "video": torch.stack([sample["video"] for sample in read]) if read else None,
@@ -858,27 +802,16 @@ def loader(source, *, batch, first=0, last, seed=0, workers=0, part=0, parts=1, 
     """
     size = batch // parts
     starts = range(first * batch + part * size, last * batch, batch)
-    return DataLoader(
-        Stream(source, seed=seed),
-        batch_sampler=[range(start, start + size) for start in starts],
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=leave_signals_to_main,
-        pin_memory=pin_memory,
-    )
+    which = [range(start, start + size) for start in starts]
+    how = {"num_workers": workers, "worker_init_fn": leave_signals_to_main, "pin_memory": pin_memory}
+    return DataLoader(Stream(source, seed), batch_sampler=which, collate_fn=collate, **how)
 
 
 def evaluation_loader(source, *, indices=None, batch=32, workers=0):
     """Batches of every clip once and in order, or of some; broken files are reported and left out."""
     which = range(len(source)) if indices is None else indices
-    return DataLoader(
-        Ordered(source),
-        batch_size=batch,
-        sampler=which,
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=leave_signals_to_main,
-    )
+    how = {"num_workers": workers, "worker_init_fn": leave_signals_to_main}
+    return DataLoader(Ordered(source), batch_size=batch, sampler=which, collate_fn=collate, **how)
 
 
 # ---- pictures ----
@@ -888,20 +821,9 @@ GLYPHS = (
     "A25755 B65656 C34443 D65556 E74647 F74644 G34553 H55755 I72227 J11152 K55655 L44447 M57755 N65555 "
     "O25552 P65644 Q25563 R65655 S34216 T72222 U55557 V55552 W55775 X55255 Y55222 Z71247 075557 126227 "
     "271747 371717 455711 574717 674757 771111 875757 975717 .00002 -00700 +02720 :02020 /11244 %51245 "
-    "(24442 )21112 "
+    "(24442 )21112"
 )
 FONT = {glyph[0]: [int(row) for row in glyph[1:]] for glyph in GLYPHS.split()}
-
-
-def draw_text(image, text, *, top, left, scale=2):
-    """Write a line of text into an image (H, W, C), in place, in white; letters are 4 x 6 pixels times
-    scale.
-    """
-    for i, letter in enumerate(text.upper()):
-        bits = np.array([[row >> 2 & 1, row >> 1 & 1, row & 1] for row in FONT.get(letter, [0] * 5)], bool)
-        bits = bits.repeat(scale, 0).repeat(scale, 1)
-        place = image[top : top + 5 * scale, left + 4 * scale * i : left + 4 * scale * i + 3 * scale]
-        place[bits[: place.shape[0], : place.shape[1]]] = 255
 
 
 def tile(rows):
@@ -913,7 +835,11 @@ def tile(rows):
         picture = np.concatenate(list(pictures), axis=1).repeat(zoom, 0).repeat(zoom, 1)
         strip = np.zeros((picture.shape[0] + 4, margin + picture.shape[1], 3), np.uint8)
         strip[:-4, margin:] = picture
-        draw_text(strip, title, top=picture.shape[0] // 2 - 5, left=8)
+        letters = np.array([FONT.get(letter, [0] * 5) for letter in title.upper()])  # (letters, 5)
+        bits = letters[..., None] >> np.array([2, 1, 0, 3]) & 1  # (letters, 5, 4): bit 3, the gap, is 0
+        text = bits.transpose(1, 0, 2).reshape(5, -1).repeat(2, 0).repeat(2, 1)  # 8 x 10 pixels a letter
+        top = picture.shape[0] // 2 - 5
+        strip[top : top + 10, 8 : 8 + text.shape[1]] = 255 * text[..., None]
         strips.append(strip)
     return np.concatenate(strips)
 
@@ -931,12 +857,12 @@ def write_video(path, images, *, rate=8, codec=None, options=None):
     images = iter(images)
     first = next(images)
     codec = codec or ("libx264" if "libx264" in av.codecs_available else "mpeg4")
-    height, width = (size // 2 * 2 for size in first.shape[:2])  # both codecs want even sizes
+    options = options or {"preset": "ultrafast"}  # which only libx264 heeds
     with av.open(f"file:{path}", "w", format="mp4") as container:
-        quick = {"preset": "ultrafast"} if codec == "libx264" else {}
-        stream = container.add_stream(codec, rate=rate, options=options or quick)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream = container.add_stream(codec, rate=rate, options=options)
+        H, W = (size // 2 * 2 for size in first.shape[:2])  # both codecs want even sizes
+        stream.height, stream.width, stream.pix_fmt = H, W, "yuv420p"
         for image in itertools.chain([first], images):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:height, :width]), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:H, :W]), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

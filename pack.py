@@ -16,7 +16,8 @@ import shutil
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -70,9 +71,7 @@ def pack(source, target, *, side=128, every=1, workers=None):
     """
     source, target = Path(source).resolve(), Path(target).resolve()
     if target.is_relative_to(source):
-        raise ValueError(
-            f"{target} lies in {source}, whose videos would be packed twice; name another folder."
-        )
+        raise ValueError(f"{target} lies in {source}: videos would be packed twice; name another folder.")
     settings = json.dumps({"source": str(source), "side": side, "every": every})
     note, partial = target / "pack.json", target / ".partial"
     data.check_output(target, folder=True)
@@ -85,80 +84,52 @@ def pack(source, target, *, side=128, every=1, workers=None):
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir()
 
-    broken, stop, jobs = {}, threading.Event(), {}
-    todo = [path for path, _ in data.walk(source)[0] if not (target / path).exists()]
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # FFmpeg works outside of Python's lock
+    stop, how = threading.Event(), {"side": side, "every": every}
+
+    def why_not(path):
+        """Pack one video; the reason where that cannot be."""
+        copy = partial / f"{threading.get_ident()}.mp4"
         try:
-            for job_number, path in enumerate(todo):
-                copy = partial / f"{job_number}.mp4"
-                job = pool.submit(
-                    pack_video, source / path, target / path, copy, side=side, every=every, stop=stop
-                )
-                jobs[job] = path
-            for job in tqdm(as_completed(jobs), "pack videos", len(jobs)):
-                try:
-                    job.result()
-                except READ_ERRORS as error:
-                    broken[jobs[job]] = reason(error)
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            shutil.rmtree(partial, ignore_errors=True)
-    return dict(sorted(broken.items()))
+            pack_video(source / path, target / path, copy, **how, stop=stop)
+        except READ_ERRORS as error:
+            return reason(error)
+
+    todo = [path for path in data.walk(source) if not (target / path).exists()]
+    pool = ThreadPoolExecutor(workers or os.cpu_count())  # FFmpeg works outside of Python's lock
+    try:
+        reasons = list(tqdm(pool.map(why_not, todo), "pack videos", len(todo)))
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        shutil.rmtree(partial, ignore_errors=True)
+    return {path: why for path, why in zip(todo, reasons) if why}
 
 
-def time_reading(places, names, *, pixels=128, clips=60):
-    """Median milliseconds to read a random clip of 16 frames in one process, in each (folder, stride).
-
-    None for a folder where no clip can be read.
-    """
-    rng, times = np.random.default_rng(0), {place: [] for place in places}
-    for name in rng.choice(names, clips):
-        start, top, left = rng.random(3)
-        for folder, stride in places:
-            begin = time.perf_counter()
-            try:
-                data.read_clip(
-                    Path(folder) / name,
-                    video=(16, pixels, pixels),
-                    stride=stride,
-                    start=start,
-                    crop=(top, left),
-                )
-            except READ_ERRORS:
-                continue
-            times[folder, stride].append(1000 * (time.perf_counter() - begin))
-    return [float(np.median(found)) if found else None for found in times.values()]
-
-
-def flags():
-    """The command line."""
-    parser = Parser(__doc__)
-    parser.add_argument("source", metavar="SRC", help="folder of videos")
-    parser.add_argument("target", metavar="DST", nargs="?", help="folder for the copies, by the same names")
-    parser.add_argument(
-        "--side", type=number(least=16), default=128, help="shorter side that larger videos are scaled to"
-    )
-    parser.add_argument(
-        "--every",
-        type=number(least=1),
-        default=1,
-        help="keep every EVERY-th frame only; then train on the copies with as much less --stride",
-    )
-    parser.add_argument(
-        "--stride", type=number(least=1), default=4, help="stride to time the reading with, in SRC's frames"
-    )
-    parser.add_argument(
-        "--workers", type=number(least=1), default=os.cpu_count(), help="videos packed at a time"
-    )
-    return parser
+def time_reading(folder, names, *, stride, pixels):
+    """Median milliseconds to read a random clip of 16 frames in one process; None if none can be read."""
+    rng, times = np.random.default_rng(0), []
+    for name in rng.choice(names, 60):
+        start, *crop = rng.random(3)
+        begin = time.perf_counter()
+        with suppress(*READ_ERRORS):
+            path, video = Path(folder) / name, (16, pixels, pixels)
+            data.read_clip(path, video=video, stride=stride, start=start, crop=crop)
+            times.append(1000 * (time.perf_counter() - begin))
+    return float(np.median(times)) if times else None
 
 
 def main(arguments=None):
     """Pack SRC into DST, if that is given; then say how long the videos of each take to read."""
-    args = flags().parse_args(arguments)
-    source, broken, places = Path(args.source), {}, [(args.source, args.stride)]
-    if not args.source or not source.is_dir():
+    parser, count = Parser(__doc__), number(least=1)
+    add = parser.add_argument
+    add("source", metavar="SRC", help="folder of videos")
+    add("target", metavar="DST", nargs="?", help="folder for the copies, by the same names")
+    add("--side", type=number(least=16), default=128, help="shorter side that larger videos are scaled to")
+    add("--every", type=count, default=1, help="keep every EVERY-th frame; train with as much less --stride")
+    add("--stride", type=count, default=4, help="stride to time the reading with, in SRC's frames")
+    add("--workers", type=count, default=os.cpu_count(), help="videos packed at a time")
+    args = parser.parse_args(arguments)
+    if not os.path.isdir(args.source):
         raise ValueError(f"{args.source!r} is not a folder; SRC is the folder that your videos are in.")
     if args.target == "":
         raise ValueError("DST is an empty name; name the folder for the copies, or leave it out.")
@@ -166,31 +137,27 @@ def main(arguments=None):
         raise ValueError("--every wants a folder for the copies: python pack.py SRC DST --every 4.")
     if args.stride % args.every:
         raise ValueError(f"--stride {args.stride} must be a multiple of --every {args.every}, as 4 is of 2.")
+    places, names = {args.source: args.stride}, data.walk(args.source)
     if args.target:
+        places[args.target] = args.stride // args.every
         try:
-            broken = pack(source, args.target, side=args.side, every=args.every, workers=args.workers)
+            broken = pack(args.source, args.target, side=args.side, every=args.every, workers=args.workers)
         except KeyboardInterrupt:
             print("\nStopped. The same command goes on from here.", file=sys.stderr)
             raise
-        places.append((args.target, args.stride // args.every))
-        names = [path for path, _ in data.walk(Path(args.target))[0] if (source / path).exists()]
     else:
-        names = [path for path, _ in data.walk(source)[0]]
-        counts = dict(zip(names, data.look_at(source, names)))
+        counts = data.look_at(Path(args.source), names)
         broken = {path: why for path, why in counts.items() if isinstance(why, str)}
-        names = [path for path in names if path not in broken]
     for path, why in broken.items():
         print(f"broken: {printable(path)} ({why})")
-    times = time_reading(places, names, pixels=args.side) if names else [None]
-    if None in times:
-        raise ValueError(
-            f"No videos in {args.source} can be read (looked for {data.EXTENSIONS.replace('|', ' ')})."
-        )
-    for (folder, stride), ms in zip(places, times):
+    names = [path for path in names if path not in broken]
+    for folder, stride in places.items():
+        ms = time_reading(folder, names, stride=stride, pixels=args.side) if names else None
+        if ms is None:
+            raise ValueError(f"No videos in {folder} can be read.")
         size = sum((Path(folder) / path).stat().st_size for path in names) / 1e6
-        print(
-            f"{printable(folder)}: {len(names)} videos, {size:.1f} MB, {ms:.2f} ms to read a clip at --stride {stride}"
-        )
+        print(f"{printable(folder)}: {len(names)} videos, {size:.1f} MB, ", end="")
+        print(f"{ms:.2f} ms to read a clip at --stride {stride}")
     print(f"{len(broken)} broken")
     if args.target:
         print(f"Train with --data {shlex.quote(printable(args.target))} --stride {stride}")
