@@ -33,7 +33,7 @@ from data import READ_ERRORS, Parser, number, printable, reason
 CODEC = {"g": "8", "bf": "0", "qmin": "4", "qmax": "4", "b": "8M", "threads": "1"}
 
 
-def pack_video(source, target, partial, *, side=128, every=1, stop=None):
+def pack_video(source, target, partial, *, side, every, stop):
     """Write every `every`-th frame of a video to `target`, upright, its shorter side scaled down to `side`.
 
     The file appears when it is complete; until then it is `partial`. The frame rate is the source's, divided
@@ -54,7 +54,7 @@ def pack_video(source, target, partial, *, side=128, every=1, stop=None):
 
         def images():
             for frame in itertools.chain([first], frames):
-                if stop and stop.is_set():
+                if stop.is_set():
                     raise InterruptedError("stopped")
                 yield data.upright_crop(frame, reformatter, H, W, (0.5, 0.5))
 
