@@ -458,20 +458,32 @@ def save_figure(path, panels):
     pyplot().close(figure)
 
 
-def draw_band(axis, x, values, label):
+def draw_band(axis, x, values, label, colour=None):
     """A line of means over the rows of values (rows, len(x)), with a band of ±1 standard deviation."""
     mean, sd = np.mean(values, axis=0), np.std(values, axis=0, ddof=len(values) > 1)
-    axis.plot(x, mean, marker="o", label=label)
-    axis.fill_between(x, mean - sd, mean + sd, alpha=0.2)
+    axis.plot(x, mean, marker="o", label=label, color=colour)
+    axis.fill_between(x, mean - sd, mean + sd, alpha=0.2, color=colour)
     axis.grid(alpha=0.3)
 
 
+COLOURS = {"e2e": (0, 0, 0), "simultaneous": (0, 0.3, 0.8), "sequential": (0.9, 0.4, 0)}
+
+
+def colour_of(g, groups):
+    """The colour of its regime, lighter for every finer K."""
+    base = np.array(COLOURS.get(g.regime, (0, 0.55, 0.2)))
+    alike = sorted((other.K, other.name) for other in groups if other.regime == g.regime)
+    return base + (1 - base) * 0.7 * alike.index((g.K, g.name)) / len(alike)
+
+
 def draw_lines(axis, groups, name):
-    """One measurement by block."""
+    """One measurement against the encoder layers that come before it, so that every K lies on one axis."""
     for g in groups:
-        draw_band(axis, range(1, g.K + 1), g.values(name), g.name)
-    axis.set(title=name.replace("accuracy", "linear probe").replace("_", " "), xlabel="block")
-    axis.set_xticks(range(1, max(g.K for g in groups) + 1))
+        depth = g.architecture["depth"]
+        layers = np.arange(1, g.K + 1) * depth / g.K
+        draw_band(axis, layers, g.values(name), g.name, colour_of(g, groups))
+    axis.set(title=name.replace("accuracy", "linear probe").replace("_", " "), xlabel="encoder layers")
+    axis.set_xticks(range(1, depth + 1))
 
 
 def draw_gains(axis, groups, name):
@@ -479,7 +491,7 @@ def draw_gains(axis, groups, name):
     for g in groups:
         cka = g.values("linear CKA").mean(axis=0).diagonal(1)
         gain = np.diff(g.values(name).mean(axis=0))
-        axis.plot(cka, gain, "o", label=g.name)
+        axis.plot(cka, gain, "o", label=g.name, color=colour_of(g, groups))
         for k, place in enumerate(zip(cka, gain), start=1):
             axis.annotate(f"{k}→{k + 1}", place, textcoords="offset points", xytext=(5, 4), fontsize=8)
     axis.axhline(0, color="gray", linewidth=0.8)
