@@ -104,19 +104,21 @@ def retrieval(x, labels, *, ks=(1, 5, 10)):
     for queries in torch.arange(len(z)).split(256):
         distance = (-z[queries] @ z.T).round(decimals=12)  # (q, n)
         distance.scatter_(1, queries.unsqueeze(1), torch.inf)  # a query comes last and does not find itself
-        distance, order = distance.sort(dim=1)
-        distance, order = distance[:, :-1], order[:, :-1]  # (q, n - 1)
+        order = torch.from_numpy(np.argsort(distance.numpy(), axis=1))[:, :-1]  # faster than torch's sort
+        distance = distance.gather(1, order)  # (q, n - 1)
         # A group of ties begins where sorted distances grow: `nearer` clips stand before the group of a clip,
         # `rank` clips up to its end.
         grows = F.pad(distance.diff(dim=1) > 0, (1, 1), value=True)  # (q, n)
         place = torch.arange(len(z))
         nearer = (place * grows)[:, :-1].cummax(dim=1).values  # (q, n - 1)
         rank = place.where(grows, len(z))[:, 1:].flip(1).cummin(dim=1).values.flip(1)
+        last, divisor = rank - 1, rank.double()
         for y, of_target in zip(labels_of, found):
             same = y[order] == y[queries].unsqueeze(1)  # (q, n - 1)
-            some = same.any(dim=1)
-            hits = same.cumsum(dim=1).gather(1, rank - 1)  # of the class, at least as near
-            columns = [(same * hits / rank.double()).sum(dim=1) / same.sum(dim=1)]  # average precision
+            hits = same.cumsum(dim=1, dtype=torch.int32)  # of the class, up to here
+            count = hits[:, -1]
+            hits = hits.gather(1, last)  # at least as near
+            columns = [(same * hits / divisor).sum(dim=1) / count]  # average precision
             first = same.int().argmax(dim=1, keepdim=True)  # the nearest of the class, among ties of which
             start, end, good = (a.gather(1, first).flatten() for a in (nearer, rank, hits))  # `good` are hits
             miss = torch.ones(len(queries), dtype=torch.float64)
@@ -125,7 +127,7 @@ def retrieval(x, labels, *, ks=(1, 5, 10)):
                 miss = torch.where(tied, miss * (end - good - drawn) / (end - drawn), miss)
                 if drawn + 1 in ks:
                     columns.append(1 - miss)
-            of_target.append(torch.stack(columns, dim=1)[some])
+            of_target.append(torch.stack(columns, dim=1)[count > 0])
     found = [torch.cat(parts) for parts in found]
     means = torch.stack([part.mean(dim=0) for part in found], dim=1).tolist()  # (1 + len(ks), L)
     means = dict(zip(["mAP", *(f"top{k}" for k in ks)], means)) | {"queries": [len(part) for part in found]}
