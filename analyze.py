@@ -479,11 +479,10 @@ def colour_of(g, groups):
 def draw_lines(axis, groups, name):
     """One measurement against the encoder layers that come before it, so that every K lies on one axis."""
     for g in groups:
-        depth = g.architecture["depth"]
-        layers = np.arange(1, g.K + 1) * depth / g.K
+        layers = np.arange(1, g.K + 1) * g.architecture["depth"] / g.K
         draw_band(axis, layers, g.values(name), g.name, colour_of(g, groups))
     axis.set(title=name.replace("accuracy", "linear probe").replace("_", " "), xlabel="encoder layers")
-    axis.set_xticks(range(1, depth + 1))
+    axis.set_xticks(range(1, max(g.architecture["depth"] for g in groups) + 1))
 
 
 def draw_gains(axis, groups, name):
