@@ -1095,17 +1095,22 @@ def test_a_run_writes_log_pictures_video_and_checkpoint(finished):
     assert "block4" in text and text.rstrip().endswith(f"python probe.py {finished}")
 
 
+def after_call(monkeypatch, owner, name, number, act):
+    """From now on, act(what it returns) follows one call of a function, of those in this process."""
+    plain, calls = getattr(owner, name), itertools.count(1)
+
+    def called(*arguments, **settings):
+        found = plain(*arguments, **settings)
+        if next(calls) == number:
+            act(found)
+        return found
+
+    monkeypatch.setattr(owner, name, called)
+
+
 def stop_at(monkeypatch, step):
     """From now on, the given step of a run in this process is told to end."""
-    plain, calls = train.Learner.begin, []
-
-    def interrupted(learner, done):
-        calls.append(1)
-        if len(calls) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(learner, done)
-
-    monkeypatch.setattr(train.Learner, "begin", interrupted)
+    after_call(monkeypatch, train.Learner, "begin", step, lambda _: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def check_resuming(tmp_path, monkeypatch, program, command, stop):
@@ -1177,16 +1182,12 @@ def test_a_run_killed_six_times_ends_as_if_it_had_never_been(tmp_path, monkeypat
 
 
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, monkeypatch):
-    out, plain = tmp_path / "run", torch.save
+    def full(_):
+        raise OSError(28, "No space left on device")
 
-    def full(value, file):
-        if value["step"]:
-            file.write(b"half of it")
-            raise OSError(28, "No space left on device")
-        plain(value, file)
-
+    out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
+        after_call(patch, os, "fsync", 2, full)  # the first checkpoint is of step 0
         _, errors = run(train, *TINY_RUN, "--steps", 2, "--out", out, code=1)
     message = errors.splitlines()[-1]
     assert "No space left on device" in message and f"--resume --out {out}" in message
@@ -1242,22 +1243,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_sentence(change, sente
     assert sentence in refused(train, "--resume", "--out", out)
 
 
-def after_step(monkeypatch, step, change):
-    """From now on, change(losses) is called after one step of a run in this process."""
-    plain, calls = train.train_step, []
-
-    def changed(*arguments, **settings):
-        losses, norms = plain(*arguments, **settings)
-        calls.append(1)
-        if len(calls) == step:
-            change(losses)
-        return losses, norms
-
-    monkeypatch.setattr(train, "train_step", changed)
-
-
 def test_a_worker_that_is_killed_ends_the_run_with_one_sentence(folder, tmp_path, monkeypatch):
-    after_step(monkeypatch, 3, lambda _: multiprocessing.active_children()[0].kill())
+    after_call(monkeypatch, train, "train_step", 3, lambda _: multiprocessing.active_children()[0].kill())
     out = tmp_path / "run"
     how = ["--steps", 500, "--out", out, "--data", folder, "--stride", 1, "--workers", 2]
     _, errors = run(train, *TINY_RUN, *how, code=1)
@@ -1305,7 +1292,7 @@ def test_a_run_is_resumed_only_on_the_same_videos(folder, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        after_step(patch, 3, lambda losses: losses["block2"].fill_(math.nan))
+        after_call(patch, train, "train_step", 3, lambda found: found[0]["block2"].fill_(math.nan))
         _, errors = run(train, *TINY_RUN, "--steps", 6, "--out", tmp_path / "run", code=1)
     assert "block2 is not finite, first noticed at step 3" in errors and "generated clip" in errors
     assert load(tmp_path / "run")[1]["step"] == 0
@@ -1919,23 +1906,22 @@ def test_wrong_calls_are_refused_before_the_measurements(program, three_runs, tm
     monkeypatch.setattr(program, "extract", None)  # nothing is measured
     base = [three_runs / "sim-2", "--workers", 0]
     (tmp_path / "file").touch()
-    cases = [
-        ("--stride", -4, "at least 1"),
-        ("--batch", 0, "at least 1"),
-        ("--workers", -2, "at least 0"),
-        ("--clips", 10**10, "at most"),
-        ("--clips", "many", "must be an integer"),
-        ("--data", "", "is empty"),
-        ("--device", "meta", "does not work here"),
-    ]
     output = "--features" if program is probe else "--out"
-    cases.append((output, tmp_path / "file" / "x", "cannot be written"))
+    cases = [
+        ("--stride -4", "at least 1"),
+        ("--batch 0", "at least 1"),
+        ("--workers -2", "at least 0"),
+        ("--clips 10000000000", "at most"),
+        ("--clips many", "must be an integer"),
+        ("--data=", "is empty"),
+        ("--device meta", "does not work here"),
+        (f"{output} {tmp_path}/file/x", "cannot be written"),
+    ]
     if program is probe:
-        cases += [("--k", 0, "at least 1"), ("--features", tmp_path, "cannot be written")]
-    for flag, value, sentence in cases:
-        assert sentence in refused(program, *base, flag, value)
-    other = tmp_path / "sim-2-seed5"  # seems a seed of sim-2, but was trained for another number of steps
-    shutil.copytree(three_runs / "sim-2", other)
+        cases += [("--k 0", "at least 1"), (f"--features {tmp_path}", "cannot be written")]
+    for arguments, sentence in cases:
+        assert sentence in refused(program, *base, *arguments.split())
+    other = shutil.copytree(three_runs / "sim-2", tmp_path / "sim-2-seed5")  # of another number of steps
     torch.save(load(other)[1] | {"step": 7}, other / "last.pt")
     assert "look like seeds of one run but differ" in refused(program, other, *base)
     if program is analyze:
