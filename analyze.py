@@ -145,8 +145,8 @@ def reconstruction_losses(model, videos, *, ratio=0.9, seed=0):
 
 # ---- all measurements of some runs ----
 
-# Every parameter of a single stimulus is low level; relations between two, and what needs time or the whole
-# clip, are high level. shape and size are neither.
+# Paper does not say: which targets are which. Every parameter of one stimulus is low level; relations between
+# two, and what a whole clip shows, are high level. shape and size are neither.
 LOW = ("colour", "contrast", "sf", "sf_left", "sf_right", "tf", "theta", "theta_left", "theta_right")
 HIGH = ("motion", "agreement", "class", "delta", "higher_side", "sf_difference", "sf_match", "theta_match")
 
@@ -174,7 +174,8 @@ def measure(args, runs, sources):
     """
     models, options = subjects(runs, args.before_norm), (args.batch, args.workers, args.device)
     del models["pixels"]
-    # The patch is a tubelet's, 16 x 16 in the paper. Blank is 0, which in gratings (-1..1) is mid-grey.
+    # Differs from paper: the patch is a tubelet's, which is 16 x 16 as there in its sizes, but 8 x 8 in nano.
+    # Blank is 0, which in gratings (-1..1) is mid-grey.
     halves, blank = args.data == "double-gratings", 128 if args.data in ("gratings", "double-gratings") else 0
     rule = {"patch": runs[0].model.tubelet[1:], "halves": halves, "blank": blank}
     covered = [(Occluded(source, rule), indices) for source, indices in sources]

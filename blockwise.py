@@ -44,7 +44,7 @@ REGIMES = {
     "sequential": Regime(stop_gradient=True, local_decoders=True, staged=True),
     # End-to-end backpropagation, the baseline: one loss at block K trains everything.
     "e2e": Regime(stop_gradient=False, local_decoders=False, staged=False),
-    # Ours, the control that the paper lacks: K losses as in simultaneous, but gradients cross the boundaries.
+    # Differs from paper: ours, the control that it lacks. K losses, but gradients cross the boundaries.
     "deep-supervision": Regime(stop_gradient=False, local_decoders=True, staged=False),
 }
 
@@ -140,6 +140,7 @@ def make_optimizers(model, *, stage=0, lr=1e-4, betas=(0.9, 0.95), weight_decay=
     reached.
     """
     # Paper does not say: betas, and that biases, norms and mask tokens do not decay. Both are VideoMAE's.
+    # And that a sequential stage begins with a fresh AdamW and schedule: ours.
     groups, optimizers = model.groups, []
     if REGIMES[model.config["regime"]].staged:
         groups, optimizers = groups[stage : stage + 1], [None] * stage
@@ -241,8 +242,10 @@ class Blockwise(nn.Module):
     def encode(self, video):
         """Representation after every block, nothing masked (Sec. 4): {"block1": (B, N, D), ...}.
 
-        video: (B, T, H, W, C) uint8, or float in 0..1.
+        video: (B, T, H, W, C) uint8, or float in 0..1. Raises ValueError if its size is not the model's.
         """
+        if tuple(video.shape[1:4]) != self.video:
+            raise ValueError(f"Clips of {tuple(video.shape[1:4])} for a model of (T, H, W) = {self.video}.")
         h, tokens = patchify(video, self.tubelet), {}  # (B, N, P)
         everything = torch.arange(h.shape[1], device=h.device).expand(len(h), -1)  # (B, N)
         for name, block in self.blocks.items():
@@ -392,6 +395,7 @@ RENAMED = (
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
 )
+CLASSIFIER = ("fc_norm.", "head.", "classifier.", "module.fc_norm.", "module.head.")  # after fine-tuning
 
 
 def load_videomae(path, state, *, blocks=4, device="cpu"):
@@ -404,7 +408,8 @@ def load_videomae(path, state, *, blocks=4, device="cpu"):
     """
     for name in ("model", "module", "state_dict"):
         state = state[name] if isinstance(state.get(name), dict) else state
-    found = dict(state)
+    # What classifies, after the mean over tokens, is no part of the encoder.
+    found = {key: value for key, value in state.items() if not key.startswith(CLASSIFIER)}
     for pattern, ours in RENAMED:
         found = {re.sub(pattern, ours, key): value for key, value in found.items()}
     kernel = found.get("embedding.linear.weight")

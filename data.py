@@ -71,6 +71,8 @@ class Scenes:
     split: "train" or "test". clips: how many make one epoch. video: (T, H, W).
     """
 
+    # Differs from paper: ours, so that the first run needs no download.
+
     def __init__(self, split="train", *, clips=20000, video=(16, 64, 64), seed=0):
         self.split = ("train", "test").index(split)
         self.clips, self.video, self.seed, self.labels = clips, tuple(video), seed, SCENE_LABELS
@@ -758,9 +760,9 @@ class Ordered(Dataset):
 class Stream(Dataset):
     """The endless stream of training samples: sample k is a pure function of (seed, k).
 
-    Order, start, crop and flip keep no random state. So the number of workers, stopping and resuming change
-    nothing, and any step's batch can be made again. A broken or short file is replaced by the next good one
-    of the source, and reported with the sample.
+    No random state is kept: (seed, 0, epoch) draws the order, (seed, 1, epoch, clip) start, crop and flip, and
+    (seed, 2, step) the masks in train.py. So workers, stopping and resuming change nothing. A broken or short
+    file is replaced by the next good one of the source, and reported with the sample.
     """
 
     def __init__(self, source, seed):

@@ -61,7 +61,7 @@ def latent_target(model, patches, masked, target, dtype=None):
     patches: (B, N, P). Squared error to it is the loss; a single target is as good as several.
     """
     # Paper does not say: whether the target is normalised. Ours is, token by token, as no two layers have the
-    # same scale.
+    # same scale. Nor that no gradient reaches it.
     h, everything = patches, torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
     with autocast(patches, dtype):
         for name in list(model.blocks)[:target]:

@@ -1,4 +1,4 @@
-"""Small copies of a folder of videos, so that clips are read several times as fast.
+"""Small copies of a folder of videos; if those are large, clips are read several times as fast.
 
     python pack.py SRC DST      # once; then train with --data DST
     python pack.py SRC          # only say how fast clips are read

@@ -83,9 +83,9 @@ class Pipeline(train.Learner):
         h.backward(gradient)
         return {name: loss}, optimizer_step(self.model, [name], self.optimizers[self.rank], clip=c.clip)
 
-    def agree(self, stop, save):
+    def agree(self, stop, due):
         """Rank 0 decides; the others hear of it after the same step."""
-        code = torch.tensor([stop, save], dtype=torch.uint8)
+        code = torch.tensor([stop, due], dtype=torch.uint8)
         if self.rank > 0:
             code = self.receive((2,), torch.uint8, CODE)
         self.send(code, CODE)

@@ -320,6 +320,10 @@ def open_data(args, video):
         lists = [args.train_list, args.test_list] if args.train_list else [None]
         rules = {"video": video, "stride": args.stride, "short": args.short}
         sources = [data.Videos(args.data, list_file=name, **rules) for name in lists]
+        classes = {name for source in sources for name in source.classes}
+        if len(classes) == 1 and not vars(args).get("features"):
+            fix = "sort them into folders, name labels in lists, or take probe.py's --features"
+            raise ValueError(f"All videos have the class {classes.pop()}; a probe needs two or more: {fix}.")
     rng = np.random.default_rng(0)
     return [(source, sorted(rng.permutation(len(source))[: args.clips].tolist())) for source in sources]
 

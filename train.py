@@ -281,7 +281,7 @@ class Learner:
             raise ValueError(f"{parts} processes cannot share {config.batch} clips equally; change --batch.")
         if config.decoder_slices is None:
             config.decoder_slices = default_slices(config.batch // parts, config.device)
-        if checkpoint and checkpoint["step"] % steps:
+        if checkpoint and checkpoint["step"] % steps:  # else a stage begins, with fresh optimizers
             self.make_ready(checkpoint["step"] - 1)
             self.load_optimizers(checkpoint["optimizers"])
         if self.processes > 1:
@@ -345,13 +345,13 @@ class Learner:
         dtype = torch.bfloat16 if c.dtype == "bf16" else None
         return {"dtype": dtype, "clip": c.clip, "slices": c.decoder_slices, "reduce": reduce}
 
-    def agree(self, stop, save):
+    def agree(self, stop, due):
         """What all processes do after a step, (stop?, save?): one that was told to stop stops all."""
         if self.processes > 1:
             told = torch.tensor(int(stop))
             dist.all_reduce(told, op=dist.ReduceOp.MAX)
             stop = bool(told)
-        return stop, save and self.rank == 0
+        return stop, due and self.rank == 0
 
     def collect(self, losses, norms):
         """Losses and norms, {name: float}, of the whole batch and model."""
@@ -472,11 +472,11 @@ class Log:
         self.clips, self.waited, self.since = 0, 0.0, self.since + seconds
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        losses = " ".join(f"{loss:.3f}" for loss in record["loss"].values())
-        self.bar.set_postfix_str(f"loss {losses}")
+        losses = ", ".join(f"{name} {loss:.3f}" for name, loss in record["loss"].items())
+        self.bar.set_postfix_str("loss " + " ".join(f"{loss:.3f}" for loss in record["loss"].values()))
         if "eval_loss" in record:
             speed = f"{record['clips_per_s']:.0f} clips/s, {record['wait']:.0%} waiting for clips"
-            self.bar.write(f"step {record['step']}: loss by block {losses}, lr {record['lr']:.1e}, {speed}")
+            self.bar.write(f"step {record['step']}: loss of {losses}; lr {record['lr']:.1e}; {speed}")
 
 
 def peak_memory():
@@ -551,10 +551,10 @@ def draw(model, clips, path, blocks):
 def evaluate(model, clips, out, step, blocks):
     """What the log says of fixed clips: {"eval_loss": by block, "features": {...}}; draws them into `out`.
 
-    features: do the final features of clips still differ? Their standard deviation over clips, mean over
-    dimensions, and their effective rank; both fall when a representation collapses.
+    features: do those of clips still differ after the last of `blocks`? Their standard deviation over clips,
+    mean over dimensions, and their effective rank; both fall when a representation collapses.
     """
-    x = list(model.encode(clips[0]).values())[-1].mean(dim=1)  # (B, D)
+    x = model.encode(clips[0])[blocks[-1]].mean(dim=1)  # (B, D)
     if not torch.isfinite(x).all():
         raise FloatingPointError(f"The features are not finite, first noticed at step {step}")
     share = torch.linalg.svdvals(x.double() - x.double().mean(dim=0)).square()
@@ -672,7 +672,7 @@ def show_end(model, clips, path):
     losses = draw(model, clips, path, model.blocks)
     if losses:
         words = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-        print(f"reconstruction loss by block: {words}")
+        print(f"reconstruction loss by block, on {len(clips[0])} fixed clips: {words}")
         print(f"  (predicting the mean of every tubelet gives 1.0; {path} shows it)")
 
 
@@ -701,9 +701,9 @@ def main(arguments=None, *, Config=Config, Learner=Learner, manual=__doc__):
     """Train as the command line says. Another Config and Learner train in another way, in the same loop."""
     with data.program():
         config, given = parse(Config, manual, arguments)
-        config, *run = set_up(Config, config, given)
+        config, model, source, checkpoint, why = set_up(Config, config, given)
         try:
-            stopped = train(config, *run, Learner)
+            stopped = train(config, model, source, checkpoint, why, Learner)
         except Exception as error:
             data.free_workers(error)
             sentence, code = explain(error, config)
@@ -721,6 +721,8 @@ def main(arguments=None, *, Config=Config, Learner=Learner, manual=__doc__):
             command += ["--data", config.data, "--stride", str(config.stride), "--short", config.short]
         if config.list:
             command += ["--train-list", config.list, "--test-list", "LIST"]
+        elif len(source.labels.get("class", "two")) == 1:  # nothing to tell apart
+            command += ["--features", "features.npz"]
         print(f"next, what can be read from the blocks: {shlex.join(command)}")
     if stopped:
         sys.exit(128 + stopped)
