@@ -2357,10 +2357,18 @@ def test_packing_refuses_what_cannot_work_before_the_work(tmp_path):
 
 @with_pack
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
-def test_a_packing_that_is_ended_goes_on_and_ends_the_same(tmp_path, end):
+def test_a_packing_that_is_ended_goes_on_and_ends_the_same(tmp_path, monkeypatch, end):
     source = write_copies(tmp_path / "source", [f"{number}.mp4" for number in range(24)], size=(160, 120))
     parts, whole, log = tmp_path / "parts", tmp_path / "whole", tmp_path / "log"
-    process = start(call, packing(), source, parts, "--workers", 1, log=log)
+    plain = pack.pack_video
+
+    def slowly(*arguments, **settings):
+        time.sleep(0.2)  # so that it cannot be through before the signal
+        plain(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "pack_video", slowly)
+        process = start(call, packing(), source, parts, "--workers", 1, log=log)
     wait_for(lambda: len(list(parts.glob("*.mp4"))) >= 3)
     os.kill(process, end)
     assert exit_code(process) == (130 if end == signal.SIGINT else -end)
