@@ -167,9 +167,10 @@ def start(function, *arguments, log=os.devnull, **environment):
         code = 1
         try:
             os.setsid()
-            tqdm.set_lock(
-                threading.RLock()
-            )  # its own is shared with this process: a kill might leave it locked
+            # Where tests run in the background, Ctrl-C may be ignored; and tqdm's lock is shared with this process,
+            # so that a kill might leave it locked.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            tqdm.set_lock(threading.RLock())
             os.environ |= {name: str(value) for name, value in environment.items()}
             with open(log, "w") as text, redirect_stdout(text), redirect_stderr(text):
                 faulthandler.dump_traceback_later(60, exit=True, file=text)  # a hang ends
