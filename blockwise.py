@@ -77,9 +77,8 @@ def train_step(model, optimizers, video, visible, masked, *, dtype=None, clip=No
                 h = model.blocks[name](h, visible)  # (B, V, D)
             if name in model.decoders and optimizer is not None:
                 local = (model.decoders[name], h, visible, masked, target)
-                losses[name], gradient = decoder_backward(
-                    *local, slices=slices, dtype=dtype
-                )  # L_k, dL_k / dh_k
+                # L_k and dL_k / dh_k:
+                losses[name], gradient = decoder_backward(*local, slices=slices, dtype=dtype)
                 outputs, gradients = [*outputs, h], [*gradients, gradient]
         if optimizer is not None:
             torch.autograd.backward(outputs, gradients)  # at once: this graph is gone before the next one
@@ -370,6 +369,13 @@ def read_checkpoint(path):
     return path, checkpoint
 
 
+def unwrap(checkpoint):
+    """The state_dict in a checkpoint, which may be nested as model, module or state_dict."""
+    for name in ("model", "module", "state_dict"):
+        checkpoint = checkpoint[name] if isinstance(checkpoint.get(name), dict) else checkpoint
+    return checkpoint
+
+
 def summary(error):
     """The beginning of what an error says."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
@@ -395,7 +401,8 @@ RENAMED = (
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
 )
-CLASSIFIER = ("fc_norm.", "head.", "classifier.", "module.fc_norm.", "module.head.")  # after fine-tuning
+# Of a fine-tuned one, under the new names: what comes after the mean over tokens is no part of the encoder.
+CLASSIFIER = ("fc_norm.", "head.", "classifier.")
 
 
 def load_videomae(path, state, *, blocks=4, device="cpu"):
@@ -406,12 +413,10 @@ def load_videomae(path, state, *, blocks=4, device="cpu"):
     decoder, and so no reconstruction; one without output LayerNorm has none here.
     Raises ValueError that names the weights which do not fit.
     """
-    for name in ("model", "module", "state_dict"):
-        state = state[name] if isinstance(state.get(name), dict) else state
-    # What classifies, after the mean over tokens, is no part of the encoder.
-    found = {key: value for key, value in state.items() if not key.startswith(CLASSIFIER)}
+    found = state = unwrap(state)
     for pattern, ours in RENAMED:
         found = {re.sub(pattern, ours, key): value for key, value in found.items()}
+    found = {key: value for key, value in found.items() if not key.startswith(CLASSIFIER)}
     kernel = found.get("embedding.linear.weight")
     if kernel is None or kernel.ndim != 5:
         raise ValueError(f"neither of VideoMAE; it holds {', '.join(map(str, state))[:200]}")

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from analyze import draw_band, pyplot, save_figure
-from blockwise import read_checkpoint
+from blockwise import read_checkpoint, unwrap
 from data import check_output, pick_device, program
 from model import patchify
 from probe import extract, open_data, parser, print_table, probe_accuracy, read_runs, split, subjects
@@ -79,10 +79,8 @@ def read_state(path):
 
     Raises ValueError if there is none.
     """
-    path, state = read_checkpoint(path)
-    for name in ("model", "module", "state_dict"):
-        state = state.get(name, state) if isinstance(state, dict) else state
-    found = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+    path, checkpoint = read_checkpoint(path)
+    found = {key: value for key, value in unwrap(checkpoint).items() if isinstance(value, torch.Tensor)}
     if not found:
         raise ValueError(f"{path} holds no state_dict: no tensors by name.")
     return found

@@ -167,9 +167,10 @@ class LayerLock(train.Learner):
 
     def step(self, video, visible, masked):
         """As in train.Learner."""
+        frozen, target = self.now
         batch = (video.to(self.config.device), visible, masked)
-        now = dict(zip(("frozen", "target"), self.now))
-        return layerlock_step(self.model, self.optimizers[0], *batch, **now, **self.step_settings())
+        settings = self.step_settings() | {"frozen": frozen, "target": target}
+        return layerlock_step(self.model, self.optimizers[0], *batch, **settings)
 
 
 def resolve_schedule(config, steps):

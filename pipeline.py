@@ -100,7 +100,10 @@ class Pipeline(train.Learner):
         """For pictures and checkpoints, rank 0 takes in what the others have learned."""
         model, mine = self.model, f"block{self.rank + 1}"
         parts = (model.blocks[mine], model.decoders[mine], self.optimizers[self.rank])
-        found, optimizers = self.gather([part.state_dict() for part in parts]), make_optimizers(model)
+        found = self.gather([part.state_dict() for part in parts])
+        if not found:
+            return model, None
+        optimizers = make_optimizers(model)
         for name, optimizer, states in zip(model.blocks, optimizers, found):
             for part, state in zip((model.blocks[name], model.decoders[name], optimizer), states):
                 part.load_state_dict(state)

@@ -306,8 +306,11 @@ def subjects(runs, before_norm=False):
     return models
 
 
-def open_data(args, video):
-    """[(source, indices)] of the clips that the flags name: all in one, or training list and test list."""
+def open_data(args, video, probed=True):
+    """[(source, indices)] of the clips that the flags name: all in one, or training list and test list.
+
+    probed: videos of one class are refused, before they are read.
+    """
     if bool(args.train_list) != bool(args.test_list):
         raise ValueError("--train-list and --test-list go together; without both, 3 folds are drawn.")
     if args.train_list and args.data in (None, "gratings", "double-gratings"):
@@ -321,7 +324,7 @@ def open_data(args, video):
         rules = {"video": video, "stride": args.stride, "short": args.short}
         sources = [data.Videos(args.data, list_file=name, **rules) for name in lists]
         classes = {name for source in sources for name in source.classes}
-        if len(classes) == 1 and not vars(args).get("features"):
+        if probed and len(classes) == 1:
             fix = "sort them into folders, name labels in lists, or take probe.py's --features"
             raise ValueError(f"All videos have the class {classes.pop()}; a probe needs two or more: {fix}.")
     rng = np.random.default_rng(0)
@@ -370,9 +373,8 @@ def spread(values):
 def flags():
     """The command line of this script."""
     found = parser(__doc__)
-    found.add_argument(
-        "--k", type=data.number(least=1, most=10**6), default=20, help="neighbours of k-NN [20]"
-    )
+    count = data.number(least=1, most=10**6)
+    found.add_argument("--k", type=count, default=20, help="neighbours of k-NN [20]")
     text = "write features, labels and names to exactly this file; no probe"
     found.add_argument("--features", metavar="FILE.npz", help=text)
     return found
@@ -386,7 +388,8 @@ def main(arguments=None):
     if args.features:
         data.check_output(args.features)
     runs = read_runs(args.runs, args.blocks)
-    models, sources = subjects(runs, args.before_norm), open_data(args, runs[0].model.video)
+    models = subjects(runs, args.before_norm)
+    sources = open_data(args, runs[0].model.video, probed=not args.features)
     if args.features:
         models = {run.title: models[run.title] for run in runs}
     features, targets, names, labels, sizes = extract(models, sources, args.batch, args.workers, device)

@@ -541,9 +541,8 @@ def draw(model, clips, path, blocks):
         middle, every = len(video) // 2, max(1, T // 8)
         data.write_picture(path, data.tile({title: row[middle, ::every] for title, row in rows.items()}))
     else:
-        data.write_video(
-            path, [data.tile({title: row[:6, t] for title, row in rows.items()}) for t in range(T)] * 3
-        )
+        frames = [data.tile({title: row[:6, t] for title, row in rows.items()}) for t in range(T)]
+        data.write_video(path, frames * 3)
     return losses
 
 
@@ -721,7 +720,7 @@ def main(arguments=None, *, Config=Config, Learner=Learner, manual=__doc__):
             command += ["--data", config.data, "--stride", str(config.stride), "--short", config.short]
         if config.list:
             command += ["--train-list", config.list, "--test-list", "LIST"]
-        elif len(source.labels.get("class", "two")) == 1:  # nothing to tell apart
+        elif config.data and len(source.classes) == 1:  # nothing to tell apart
             command += ["--features", "features.npz"]
         print(f"next, what can be read from the blocks: {shlex.join(command)}")
     if stopped:
