@@ -344,15 +344,17 @@ def decide(parts):
 
     Confirmed if every 95 % interval lies inside. Refuted if one lies outside as a whole, of intervals so wide
     that all hold at the same time with 95 % (Bonferroni). So either is wrong in at most 5 % of cases.
+    Parts of one seed decide nothing.
     """
-    if any(math.isnan(found.freedom) and not math.isnan(found.value) for found, *_ in parts):
+    several = [part for part in parts if not math.isnan(part[0].freedom) or math.isnan(part[0].value)]
+    if parts and not several:
         return "one seed: cannot tell"
     inside, outside = [], []
-    for found, low, high, _ in parts:
-        margin, wider = found.margin(), found.margin(0.05 / len(parts))
+    for found, low, high, _ in several:
+        margin, wider = found.margin(), found.margin(0.05 / len(several))
         inside.append(low <= found.value - margin and found.value + margin <= high)
         outside.append(found.value + wider < low or found.value - wider > high)
-    if parts and all(inside):
+    if inside and all(inside):
         return "confirmed"
     return "refuted" if any(outside) else "cannot tell"
 
@@ -384,10 +386,12 @@ def lead_of(a, b, name):
 def saturation(groups):
     """[(Estimate, low, high, words)]: what the last block gains, and its linear CKA with the block before.
 
-    Each is one number, the mean over the groups, and compares two blocks of the same run.
+    Each is one number, the mean over the groups (of several seeds, if there are any), and compares two blocks
+    of the same run.
     """
     if not groups:
         return []
+    groups = [g for g in groups if len(g.results) > 1] or groups
     by_run, by_clip, similar, words = [], [], [], []
     for g in groups:
         gain = difference(g, g.untrained, "accuracy")
@@ -504,7 +508,7 @@ def draw_heat(axis, g):
     """Linear CKA of all pairs of blocks of one group."""
     cka, ticks = g.values("linear CKA").mean(axis=0), range(1, g.K + 1)
     axis.imshow(cka, vmin=0, vmax=1, cmap="viridis", origin="lower", extent=(0.5, g.K + 0.5) * 2)
-    for i, j in itertools.product(range(g.K), repeat=2):
+    for i, j in itertools.product(range(g.K), repeat=2) if g.K <= 6 else ():  # more would not be legible
         colour = "white" if cka[i, j] < 0.6 else "black"
         axis.text(j + 1, i + 1, f"{cka[i, j]:.2f}", ha="center", va="center", color=colour)
     axis.set(title=f"linear CKA, {g.name}", xlabel="block", ylabel="block", xticks=ticks, yticks=ticks)

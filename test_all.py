@@ -1837,6 +1837,9 @@ def test_claims_follow_the_numbers():
     # One seed says nothing about regimes; programs that train another way are no baseline.
     found = verdicts([e2e, made_up("simultaneous", rises, rng, difficulty, seeds=1)])
     assert {found[claim] for claim in ("C1", "C3", "C4", "C5", "C6")} == {"one seed: cannot tell"}
+    found = verdicts([e2e, good[0], made_up("sequential", [0.2] * 4, rng, difficulty, seeds=1, cka=0.5)])
+    assert found.pop("C2") == "one seed: cannot tell" and found.pop("C7") == "cannot tell"
+    assert set(found.values()) == {"confirmed"}  # by the groups of several seeds
     assert verdicts([e2e._replace(regime="another"), good[0]])["C1"] == "cannot tell"
 
 
