@@ -88,7 +88,7 @@ def normalized_targets(patches):
     """
     # Paper does not say: the normalisation. This is VideoMAE's, (x - mean) / (sqrt(unbiased variance) + 1e-6)
     # over one tubelet and channel; the published losses, 0.55 to 0.62, agree with it.
-    x = patches.float() / 255 if patches.dtype == torch.uint8 else patches.float()
+    x = patches / 255 if patches.dtype == torch.uint8 else patches.float()
     x = x.unflatten(-1, (-1, 3))  # (B, M, P/3, 3)
     mean = x.mean(dim=2, keepdim=True)  # (B, M, 1, 3)
     x = x - mean
@@ -149,14 +149,13 @@ class TubeletEmbedding(nn.Module):
         table = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()  # (N, D)
         self.register_buffer("positions", table, persistent=False)
         # Paper does not say: input normalisation. ImageNet mean and standard deviation, as in VideoMAE.
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]), persistent=False)
+        for name, colour in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
+            self.register_buffer(name, torch.tensor(colour).repeat(values // 3), persistent=False)  # (P,)
 
     def forward(self, patches, index):
         """patches: (B, V, P) uint8, or float in 0..1; index: (B, V), their places in the grid."""
-        x = patches.float() / 255 if patches.dtype == torch.uint8 else patches.float()
-        x = (x.unflatten(-1, (-1, 3)) - self.mean) / self.std  # (B, V, P/3, 3)
-        return self.linear(x.flatten(2)) + self.positions[index]  # (B, V, D)
+        x = patches / 255 if patches.dtype == torch.uint8 else patches.float()
+        return self.linear((x - self.mean) / self.std) + self.positions[index]  # (B, V, D)
 
 
 class Decoder(nn.Module):
