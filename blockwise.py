@@ -34,7 +34,7 @@ class Regime(NamedTuple):
 
     stop_gradient: bool  # at every block boundary: no block learns from another block's loss
     local_decoders: bool  # a decoder and a loss for every block, not only for block K
-    staged: bool  # one block at a time, on top of frozen ones: K passes over the data
+    staged: bool  # one block at a time, on top of frozen ones: K times the passes over the data
 
 
 REGIMES = {
@@ -333,7 +333,7 @@ def load(path, device="cpu", *, blocks=4):
         model = Blockwise(**checkpoint["config"]).to(device)
         model.load_state_dict(checkpoint["model"])
     except (LookupError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged: {summary(error)}") from None
+        raise ValueError(f"{path} is not a checkpoint that fits, or is damaged: {summary(error)}") from None
     return model.eval(), checkpoint
 
 
@@ -409,7 +409,7 @@ def load_videomae(path, state, *, blocks=4, device="cpu"):
     """A VideoMAE in e2e form, its encoder cut into blocks: (model in eval mode, checkpoint as of save()).
 
     state: what was read from the file `path`. Sizes are those of its tensors; what these do not tell comes from
-    a config.json beside it, else clips are 16 x 224 x 224 and heads 64 wide, as published. A backbone has no
+    a config.json beside it, else clips are 16 x 224 x 224 and heads 64 wide (in ViT-H 80), as published. A backbone has no
     decoder, and so no reconstruction; one without output LayerNorm has none here.
     Raises ValueError that names the weights which do not fit.
     """
@@ -425,7 +425,7 @@ def load_videomae(path, state, *, blocks=4, device="cpu"):
     pixels, width, decoder = settings.get("image_size", 224), len(kernel), "decoder.embed.weight" in found
     config = {"blocks": blocks, "regime": "e2e", "tubelet": tuple(kernel.shape[2:]), "width": width}
     config["video"] = (settings.get("num_frames", 16), pixels, pixels)
-    config["heads"] = settings.get("num_attention_heads", max(1, width // 64))
+    config["heads"] = settings.get("num_attention_heads", max(1, width // (80 if width == 1280 else 64)))
     config["depth"] = sum(bool(re.match(r"layers\..*\.fc1\.bias", key)) for key in found)
     if decoder:
         width = config["decoder_width"] = len(found["decoder.embed.weight"])

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 COLOURS = {"red": (0.85, 0.3, 0.3), "green": (0.3, 0.8, 0.3), "blue": (0.3, 0.4, 0.9)}
 RADII = {"small": 0.32, "large": 0.54}  # of the disc of equal area, in half frames
-MOTIONS = {  # over one clip: x shift in half frames, y shift, turns, log-scale in cycles
+MOTIONS = {  # over one clip: direction in x and y, turns, log-scale in cycles
     "left": (-1, 0, 0, 0),
     "right": (1, 0, 0, 0),
     "up": (0, -1, 0, 0),
@@ -273,7 +273,8 @@ class Gratings:
         return tuple(values.index(of[name]) for name, values in self.labels.items())
 
     def read(self, index, rng=None):
-        """Clip `index`, (T, H, W, C) uint8: values -1..1 become 0..255. Nothing is random: rng is unused."""
+        """Clip `index`, (T, H, W, C) uint8. Nothing is random: rng is unused."""
+        # Paper does not say: how values -1..1 enter the model. Ours become 0..255, like any video.
         of = self.stimulus(index) | {"video": self.video}
         if self.double:
             left = {"sf": of.pop("sf_left"), "theta": of.pop("theta_left")}

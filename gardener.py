@@ -149,16 +149,16 @@ def least_important(importance, sizes):
     return [frozenset(order[:size].tolist()) for size in sizes]
 
 
-def probe_pruned(args, model, removed):
+def probe_pruned(args, model, sources, removed):
     """Linear probe of the last block without some layers: {frozenset: share of targets right, by clip}."""
-    models, sources = {"": Pruned(model, removed)}, open_data(args, model.video)
+    models = {"": Pruned(model, removed)}
     features, targets, _, labels, sizes = extract(models, sources, args.batch, args.workers, args.device)
     folds = split(targets, labels, sizes)
     probed = tqdm(features.items(), "probes", leave=False)
     return {choice: probe_accuracy(x, targets, folds)["correct"].mean(axis=0) for (_, choice), x in probed}
 
 
-def measure_pruning(args, model, draws=5):
+def measure_pruning(args, model, sources, draws=5):
     """Accuracy of a model without its 1, 3, 5, ... least important layers, for every ranking (prune.json).
 
     Rankings: entropy; random, several draws; last, the last layers first; magnitude; and the oracle, which
@@ -180,11 +180,11 @@ def measure_pruning(args, model, draws=5):
     def choices(rankings):
         return {c for of_draws in rankings for draw in of_draws for c in least_important(draw, sizes)}
 
-    right = probe_pruned(args, model, choices(rankings.values()).union(single))
+    right = probe_pruned(args, model, sources, choices(rankings.values()).union(single))
     without = [right[choice].mean() for choice in single]
     rankings["oracle"] = [np.negative(without)]
     if missing := choices([rankings["oracle"]]) - right.keys():
-        right |= probe_pruned(args, model, missing)
+        right |= probe_pruned(args, model, sources, missing)
     accuracy, rank_correlation = {}, {}
     for name, of_draws in rankings.items():
         accuracy[name] = [[right[c].mean() for c in least_important(draw, sizes)] for draw in of_draws]
@@ -258,7 +258,7 @@ def print_pruning(args):
     check_output(folder, folder=True)
     models = subjects(runs, args.before_norm)
     for run in runs:
-        results[run.title] = result = measure_pruning(args, models[run.title])
+        results[run.title] = result = measure_pruning(args, models[run.title], open_data(args, run))
         names = [layer_title(numbers) for numbers in layer_weights(run.model.state_dict())]
         rows = {n: [[v] for v in values] for n, values in zip(names, zip(*result["layers"].values()))}
         print_table(run.title, result["layers"], rows)

@@ -4,7 +4,7 @@ Erdogan et al., "LayerLock: Non-collapsing Representation Learning with Progress
 2509.10156. Layers converge shallow-first. So: some steps of end-to-end training with pixel targets; then, every
 few steps, freeze the next layer and predict, instead of pixels, what the newest frozen layer makes of the whole
 clip; stop at two thirds of the layers. Sequential blockwise training (blockwise.py) is the other end of this
-axis: blocks of many layers, a full pass over the data before each is frozen, a fresh decoder for each, pixels
+axis: blocks of many layers, all epochs for each before it is frozen, a fresh decoder for each, pixels
 throughout.
 
     python layerlock.py                          # 12 blocks of one layer each, latent targets
@@ -85,6 +85,7 @@ def freeze_blocks(model, optimizer, *, frozen, target=0):
     What still learns keeps its AdamW state; that of the frozen blocks is freed. When the target changes from
     pixels to a block's output, the decoder gets a new head of that width, drawn from torch's random state.
     """
+    # Paper does not say: where the new head comes from.
     width, names = model.config["width"], list(model.blocks)
     decoder = model.decoders[names[-1]]
     if target and model.config["decoder_values"] is None:
@@ -148,7 +149,7 @@ class LayerLock(train.Learner):
         """Freeze, and change the target, as the schedule says for a step."""
         super().make_ready(step)
         frozen = target = self.frozen(step)
-        if self.config.freeze_start == -1:  # the control
+        if self.config.freeze_start == -1:  # the control. Paper does not say: its target, and from when on.
             target = self.config.freeze_until
         if self.config.target == "pixels":
             target = 0

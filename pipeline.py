@@ -6,7 +6,7 @@ a batch while process k - 1 works on the next one. The numbers are those of one 
     torchrun --nproc-per-node 4 pipeline.py --blocks 4          # train.py's settings
     torchrun --nproc-per-node 4 pipeline.py --resume --out RUN  # or train.py, in one process
 
-Process 0 reads the clips, holds block 1 and writes the run's files; clips and tokens flow down from it.
+Process 0 reads the clips, trains block 1 and writes the run's files; clips and tokens flow down from it.
 Shapes as in model.py: B batch, T frames, H W pixels, C channels, V visible, D width.
 """
 

@@ -241,8 +241,8 @@ def parser(description):
     add("--data", help="folder of videos, gratings, or double-gratings [generated moving scenes]")
     add("--train-list", help="videos to fit on, as in train.py --list; without: 3 stratified folds")
     add("--test-list", help="videos to test on")
-    add("--stride", type=count, default=4, help="take every stride-th frame of a video [4]")
-    add("--short", choices=("drop", "repeat"), default="drop", help="rule for short videos [drop]")
+    add("--stride", type=count, help="take every stride-th frame of a video [as the first run, else 4]")
+    add("--short", choices=("drop", "repeat"), help="rule for short videos [as the first run, else drop]")
     add("--clips", type=count, help="take only this many, drawn at random [scenes: 3000]")
     add("--before-norm", action="store_true", help="read the last block before the output LayerNorm")
     add("--batch", type=count, default=32, help="clips at a time [32]")
@@ -306,22 +306,25 @@ def subjects(runs, before_norm=False):
     return models
 
 
-def open_data(args, video, probed=True):
+def open_data(args, run, probed=True):
     """[(source, indices)] of the clips that the flags name: all in one, or training list and test list.
 
+    run: whose clips these are like, in size, and in stride where the flags leave it open.
     probed: videos of one class are refused, before they are read.
     """
     if bool(args.train_list) != bool(args.test_list):
         raise ValueError("--train-list and --test-list go together; without both, 3 folds are drawn.")
     if args.train_list and args.data in (None, "gratings", "double-gratings"):
         raise ValueError("--train-list and --test-list name videos; say in which folder with --data.")
+    video, settings = run.model.video, run.checkpoint["settings"]
     if args.data is None:
         sources = [data.Scenes("test", clips=args.clips or 3000, video=video)]
     elif args.data in ("gratings", "double-gratings"):
         sources = [data.Gratings(double=args.data == "double-gratings", video=video)]
     else:
         lists = [args.train_list, args.test_list] if args.train_list else [None]
-        rules = {"video": video, "stride": args.stride, "short": args.short}
+        rules = {"video": video, "stride": args.stride or settings.get("stride", 4)}
+        rules["short"] = args.short or settings.get("short", "drop")
         sources = [data.Videos(args.data, list_file=name, **rules) for name in lists]
         classes = {name for source in sources for name in source.classes}
         if probed and len(classes) == 1:
@@ -333,6 +336,8 @@ def open_data(args, video, probed=True):
 
 def split(targets, labels, sizes):
     """[(train indices, test indices)]: of the two lists, or 3 folds stratified on the first target (Sec. 4).
+
+    Differs from paper, which tests on a fixed 30 % of UCF101's test split: the whole list is tested on.
 
     ValueError where a probe would only seem to measure something.
     """
@@ -389,7 +394,7 @@ def main(arguments=None):
         data.check_output(args.features)
     runs = read_runs(args.runs, args.blocks)
     models = subjects(runs, args.before_norm)
-    sources = open_data(args, runs[0].model.video, probed=not args.features)
+    sources = open_data(args, runs[0], probed=not args.features)
     if args.features:
         models = {run.title: models[run.title] for run in runs}
     features, targets, names, labels, sizes = extract(models, sources, args.batch, args.workers, device)

@@ -1149,7 +1149,7 @@ def test_a_finished_run_is_neither_changed_nor_overwritten(finished):
     before = contents(finished)
     assert "is finished: 12 of 12 steps" in run(train, "--resume", "--out", finished)[0]
     message = refused(train, *TINY_RUN, "--steps", 1, "--out", finished)
-    assert "is in use; go on with that run by --resume" in message
+    assert "holds a run; go on with it by --resume" in message
     message = refused(train, "--resume", "--lr", 0.5, "--out", finished)
     assert "was started with --lr 0.001, not 0.5" in message
     assert before == contents(finished)
@@ -1888,6 +1888,15 @@ def nearest_mean(x, targets, test, **_):
         means = torch.stack([x[y == c].mean(dim=0) for c in range(int(y.max()) + 1)])
         found.append(-torch.cdist(test, means).nan_to_num(torch.inf))
     return found
+
+
+def test_a_probe_reads_videos_as_the_run_was_trained_unless_told(tmp_path):
+    folder, settings = write_copies(tmp_path, ["walk/a.mp4", "run/b.mp4"]), {"stride": 2, "short": "repeat"}
+    run = SimpleNamespace(model=SimpleNamespace(video=(8, 16, 16)), checkpoint={"settings": settings})
+    for flags, expected in (("", (2, "repeat")), ("--stride 1 --short drop", (1, "drop"))):
+        args = probe.flags().parse_args(["RUN", "--data", str(folder), *flags.split()])
+        [(source, indices)] = probe.open_data(args, run)
+        assert (source.stride, source.short) == expected and indices == [0, 1]
 
 
 def test_probe_prints_runs_baselines_and_seeds(three_runs, monkeypatch):

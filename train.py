@@ -43,7 +43,7 @@ RECIPES = {
     "base": {"epochs": 300, "batch": 128, "lr": 1e-4},
 }
 FIXED_CLIPS = 32  # that the pictures and eval_loss are of
-SAVE_SECONDS = 60  # between checkpoints: what a kill loses, at most
+SAVE_SECONDS = 60  # between checkpoints, which come with a line of the log
 
 
 # ---- settings ----
@@ -70,7 +70,7 @@ class Config:
         None, "frames, rows, columns of one token (paper: 8 16 16; nano: 8 8 8)", least=1
     )
     mask: float = option(0.9, "share of the tubes that is masked", above=0, below=1)
-    decode_ratio: float = option(1.0, "share of masked tokens that decoders see, at random", above=0, most=1)
+    decode_ratio: float = option(1.0, "share of masked tokens to predict, at random", above=0, most=1)
 
     data: str | None = option(None, "folder of videos; without it, clips are generated")
     list: str | None = option(None, "file of lines `path [label]`, relative to --data: use these videos only")
@@ -98,7 +98,7 @@ class Config:
     resume: bool = option(False, "go on with the run in --out, from its checkpoint, with its settings")
 
     def folder(self):
-        """Default for --out: named after what sets runs apart."""
+        """Default for --out: named after size, regime, K, data and seed."""
         data = f"-{Path(self.data).resolve().name}" if self.data else ""
         seed = f"-seed{self.seed}" if self.seed else ""
         return f"runs/{self.size}-{self.regime}-{self.blocks}{data}{seed}"
@@ -168,7 +168,7 @@ def resolve_defaults(config):
     cuda = config.device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(torch.device(config.device).index or 0)
-    if config.dtype == "auto":
+    if config.dtype == "auto":  # Paper does not say: the precision.
         config.dtype = "bf16" if cuda else "fp32"
     if config.workers is None:
         cores = torch.get_num_threads()
@@ -239,7 +239,7 @@ def set_up(Config, config, given):
         files = out.iterdir() if out.is_dir() else [out] if out.exists() else []
         # A start that was killed may leave empty files and half a checkpoint.
         if any(file.stat().st_size and file.name != "last.pt.tmp" for file in files):
-            raise ValueError(f"{out} is in use; go on with that run by --resume, or name another --out.")
+            raise ValueError(f"{out} holds a run; go on with it by --resume, or name another --out.")
     why = resolve_defaults(config)
     if model is None:
         torch.manual_seed(config.seed)
@@ -319,8 +319,8 @@ class Learner:
         return lr
 
     def learning_rate(self, step):
-        """Linear warm-up, then cosine (Sec. 3.4)."""
-        # Paper does not say: length of the warm-up and final rate. Both are ours.
+        """Cosine (Sec. 3.4), after a linear warm-up."""
+        # Paper does not say: warm-up and final rate. Both are ours.
         c, warm = self.config, round(self.config.warmup * self.steps)
         if step < warm:
             return c.lr * (step + 1) / warm
@@ -394,7 +394,7 @@ def masks_of_step(config, model, step):
     generator = torch.Generator().manual_seed(seed)
     visible, masked = tube_mask(config.batch, model.grid, config.mask, generator)
     if config.decode_ratio < 1:
-        # Differs from paper: VideoMAE V2's saving (arXiv 2303.16727); decoders see and predict only these.
+        # Differs from paper: VideoMAE V2's saving (arXiv 2303.16727); decoders get and predict only these.
         count = max(1, round(config.decode_ratio * masked.shape[1]))
         some = torch.rand(masked.shape, generator=generator).argsort(dim=1)[:, :count]
         masked = masked.gather(1, some.sort(dim=1).values)
@@ -553,7 +553,7 @@ def evaluate(model, clips, out, step, blocks):
     features: do those of clips still differ after the last of `blocks`? Their standard deviation over clips,
     mean over dimensions, and their effective rank; both fall when a representation collapses.
     """
-    x = model.encode(clips[0])[blocks[-1]].mean(dim=1)  # (B, D)
+    x = model.encode(clips[0])[blocks[-1]].mean(dim=1).cpu()  # (B, D)
     if not torch.isfinite(x).all():
         raise FloatingPointError(f"The features are not finite, first noticed at step {step}")
     share = torch.linalg.svdvals(x.double() - x.double().mean(dim=0)).square()
@@ -683,7 +683,7 @@ def explain(error, config):
     if isinstance(error, data.BrokenVideos):
         return error, 2
     if isinstance(error, FloatingPointError):
-        return f"{error}. {kept}, or start anew with a lower --lr, --clip 1 or --dtype fp32.", 1
+        return f"{error}. Start anew with a lower --lr, --clip 1 or --dtype fp32. {kept}.", 1
     if isinstance(error, dist.DistError) or "gloo/" in str(error):
         return f"Another process has ended, so all end. {kept}.", 1
     if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
@@ -717,7 +717,7 @@ def main(arguments=None, *, Config=Config, Learner=Learner, manual=__doc__):
     elif rank == 0:
         command = ["python", "probe.py", config.out]
         if config.data:
-            command += ["--data", config.data, "--stride", str(config.stride), "--short", config.short]
+            command += ["--data", config.data]
         if config.list:
             command += ["--train-list", config.list, "--test-list", "LIST"]
         elif config.data and len(source.classes) == 1:  # nothing to tell apart
