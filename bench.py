@@ -175,9 +175,9 @@ def saved_by_blocks(args):
     for blocks in tqdm((1, 2, 3, 4, 6, 12), "memory by K", leave=False):
         model, step = case(args, "simultaneous", blocks, args.slices)
         few = min(4, args.batch)  # what the obvious way saves grows with the clips
-        with saved_bytes(model) as summed:
+        with set_stance("force_eager"), saved_bytes(model) as summed:
             summed_loss(model, *(x[:few] for x in noise(args, model)))
-        with saved_bytes(model) as stepwise:
+        with set_stance("force_eager"), saved_bytes(model) as stepwise:
             step()
         found[blocks] = {"summed": summed["peak"] / 2**20 * args.batch / few}
         found[blocks]["block by block"] = stepwise["peak"] / 2**20
