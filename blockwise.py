@@ -409,8 +409,8 @@ def load_videomae(path, state, *, blocks=4, device="cpu"):
     """A VideoMAE in e2e form, its encoder cut into blocks: (model in eval mode, checkpoint as of save()).
 
     state: what was read from the file `path`. Sizes are those of its tensors; what these do not tell comes from
-    a config.json beside it, else clips are 16 x 224 x 224 and heads 64 wide (in ViT-H 80), as published. A backbone has no
-    decoder, and so no reconstruction; one without output LayerNorm has none here.
+    a config.json beside it, else clips are 16 x 224 x 224 and heads 64 wide (in ViT-H 80), as published. A
+    backbone has no decoder, and so no reconstruction; one without output LayerNorm has none here.
     Raises ValueError that names the weights which do not fit.
     """
     found = state = unwrap(state)

@@ -256,9 +256,9 @@ def print_pruning(args):
     args.device, _ = pick_device(args.device)
     folder, runs, results = Path(args.out), read_runs(args.runs, args.blocks), {}
     check_output(folder, folder=True)
-    models = subjects(runs, args.before_norm)
+    models, sources = subjects(runs, args.before_norm), open_data(args, runs[0])
     for run in runs:
-        results[run.title] = result = measure_pruning(args, models[run.title], open_data(args, run))
+        results[run.title] = result = measure_pruning(args, models[run.title], sources)
         names = [layer_title(numbers) for numbers in layer_weights(run.model.state_dict())]
         rows = {n: [[v] for v in values] for n, values in zip(names, zip(*result["layers"].values()))}
         print_table(run.title, result["layers"], rows)
