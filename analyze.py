@@ -111,8 +111,6 @@ def occlude(video, patch=(16, 16), *, halves=False, blank=0, generator=None):
     _, H, W, _ = video.shape
     kept = torch.full_like(video, blank)
     columns = W // patch[1]
-    if halves and columns < 2:
-        raise ValueError(f"Clips {W} pixels wide have no {patch[1]} pixels to show in each half.")
     # Of an odd number of columns, the middle one lies in neither half.
     sides = [(0, columns // 2), ((columns + 1) // 2, columns)] if halves else [(0, columns)]
     for first, last in sides:
@@ -167,10 +165,9 @@ class Occluded:
 
 
 def measure(args, runs, sources):
-    """Everything about every run and its untrained network, on the test clips: (results, values by clip).
+    """Everything about every run and its untrained network, on the test clips.
 
-    results: {"runs": {title: {measurement: [value by block]}}, "linear CKA across runs": ...}.
-    values by clip: {title: {measurement: (K, test clips)}}.
+    Returns {title: {measurement: [value by block]}} and {title: {measurement: (K, test clips)}}.
     """
     models, options = subjects(runs, args.before_norm), (args.batch, args.workers, args.device)
     del models["pixels"]
@@ -201,11 +198,7 @@ def measure(args, runs, sources):
         losses = reconstruction_losses(run.model.to(args.device), videos)
         by_block = [losses.get(name, math.nan) for name in run.model.blocks]
         results[run.title]["reconstruction loss"] = by_block
-    across = {}
-    for a, b in itertools.combinations(runs, 2):
-        x, y = ([features[run.title, name][tested] for name in run.model.blocks] for run in (a, b))
-        across[f"{a.title} | {b.title}"] = [[linear_cka(p, q) for q in y] for p in x]
-    return {"runs": results, "linear CKA across runs": across}, by_clip
+    return results, by_clip
 
 
 def decodability(x, occluded, targets, folds, labels):
@@ -301,7 +294,7 @@ class Estimate(NamedTuple):
         return student_t(1 - outside / 2, self.freedom) * self.error
 
     def over(self, gain):
-        """This number as a share of what training gains; nan if it gains nothing, by more than its error."""
+        """As a share of what training gains, taken as exact; nan where it is not certain to gain anything."""
         learned = gain.value > 0 and not gain.value <= gain.margin()
         return Estimate(*(n / gain.value if learned else math.nan for n in self[:2]), self.freedom)
 
@@ -497,7 +490,7 @@ def draw_gains(axis, groups, name):
         cka = g.values("linear CKA").mean(axis=0).diagonal(1)
         gain = np.diff(g.values(name).mean(axis=0))
         axis.plot(cka, gain, "o", label=g.name, color=colour_of(g, groups))
-        for k, place in enumerate(zip(cka, gain), start=1):
+        for k, place in enumerate(zip(cka, gain) if g.K <= 6 else (), start=1):  # more would not be legible
             axis.annotate(f"{k}→{k + 1}", place, textcoords="offset points", xytext=(5, 4), fontsize=8)
     axis.axhline(0, color="gray", linewidth=0.8)
     axis.margins(x=0.12)
@@ -509,7 +502,7 @@ def draw_heat(axis, g):
     """Linear CKA of all pairs of blocks of one group."""
     cka, ticks = g.values("linear CKA").mean(axis=0), range(1, g.K + 1)
     axis.imshow(cka, vmin=0, vmax=1, cmap="viridis", origin="lower", extent=(0.5, g.K + 0.5) * 2)
-    for i, j in itertools.product(range(g.K), repeat=2) if g.K <= 6 else ():  # more would not be legible
+    for i, j in itertools.product(range(g.K), repeat=2) if g.K <= 6 else ():
         colour = "white" if cka[i, j] < 0.6 else "black"
         axis.text(j + 1, i + 1, f"{cka[i, j]:.2f}", ha="center", va="center", color=colour)
     axis.set(title=f"linear CKA, {g.name}", xlabel="block", ylabel="block", xticks=ticks, yticks=ticks)
@@ -553,8 +546,8 @@ def main(arguments=None):
     folder, runs = Path(args.out), read_runs(args.runs, args.blocks)
     sources = open_data(args, runs[0])
     check_output(folder, folder=True)
-    found, by_clip = measure(args, runs, sources)
-    groups = make_groups(runs, found["runs"], by_clip)
+    results, by_clip = measure(args, runs, sources)
+    groups = make_groups(runs, results, by_clip)
     print_measurements(groups)
     verdicts = claims(groups)
     print("\nThe paper's claims; ± is a 95 % interval over seeds and test clips:")
@@ -562,7 +555,7 @@ def main(arguments=None):
         print(f"{claim}: {answer}")
         for words in numbers or ["no runs or no targets to compare"]:
             print(f"    {words}")
-    text = json.dumps(found | {"claims": verdicts}, indent=1).replace("NaN", "null")
+    text = json.dumps({"runs": results, "claims": verdicts}, indent=1).replace("NaN", "null")
     (folder / "analysis.json").write_text(text + "\n")
     print(f"\n{folder}/analysis.json")
     if args.plot:

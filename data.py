@@ -391,11 +391,11 @@ def printable(name):
 
 
 def walk(folder):
-    """Paths of all videos below a folder, relative to it, by extension in any case, sorted.
+    """Paths of all videos below a folder, relative to it, by extension in any case, sorted; none hidden.
 
     Links to folders are followed, after all real folders; no folder is read twice, so loops of links end.
     """
-    video = re.compile(rf"[^.].*\.({EXTENSIONS})", re.IGNORECASE | re.DOTALL)  # no hidden files
+    video = re.compile(rf"[^.].*\.({EXTENSIONS})", re.IGNORECASE | re.DOTALL)
     found, known, todo = [], set(), [folder]
     for start in todo:  # which grows by the links that are met
         for root, folders, files in os.walk(start):
@@ -403,7 +403,7 @@ def walk(folder):
                 folders.clear()
                 continue
             known.add(os.path.realpath(root))
-            folders.sort()
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
             todo += [Path(root, name) for name in folders if Path(root, name).is_symlink()]
             found += [Path(root, file).relative_to(folder) for file in files if video.fullmatch(file)]
     return [path.as_posix() for path in sorted(found)]

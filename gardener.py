@@ -162,7 +162,7 @@ def measure_pruning(args, model, sources, draws=5):
     """Accuracy of a model without its 1, 3, 5, ... least important layers, for every ranking (prune.json).
 
     Rankings: entropy; random, several draws; last, the last layers first; magnitude; and the oracle, which
-    removes first what costs least when it alone is removed.
+    removes first what costs least when it alone is removed, on the very clips that it is then tested on.
     """
     weights = layer_weights(model.state_dict()).values()
     entropies, shares = zip(*(layer_entropy(w) for w in weights))

@@ -34,7 +34,7 @@ def layerlock_step(
 ):
     """One step of an e2e model whose blocks 1..frozen are fixed, towards the output of block `target`.
 
-    target: 0 for pixels. Frozen blocks build no graph. Others, and what is returned, as in train_step().
+    target: 0 for pixels. Frozen blocks build no graph. The other arguments, and what is returned: train_step()'s.
     """
     patches, names = patchify(video, model.tubelet), list(model.blocks)  # (B, N, P)
     if target:
@@ -119,7 +119,7 @@ class Config(train.Config):
     freeze_start: int | None = option(
         None, "steps before block 1 freezes; -1: none ever (1/3 of all)", least=-1
     )
-    freeze_every: int | None = option(None, "steps to the next; 0: all at once (up to the end)", least=0)
+    freeze_every: int | None = option(None, "steps to the next; 0: all at once (so that all fit)", least=0)
     freeze_until: int | None = option(None, "blocks frozen in the end (2/3 of K)", least=1)
 
     def folder(self):
@@ -182,7 +182,7 @@ def resolve_schedule(config, steps):
     if config.freeze_start is None:
         config.freeze_start = steps // 3
     if config.freeze_every is None:
-        config.freeze_every = max(0, (steps - max(0, config.freeze_start)) // config.freeze_until)
+        config.freeze_every = max(1, (steps - max(0, config.freeze_start)) // config.freeze_until)
     start, every, until = config.freeze_start, config.freeze_every, config.freeze_until
     last = start + every * (until - 1)
     if until >= config.blocks:

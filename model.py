@@ -161,8 +161,8 @@ class TubeletEmbedding(nn.Module):
 class Decoder(nn.Module):
     """Masked-autoencoder decoder (Sec. 3.1): predicts the masked tubelets from the visible tokens.
 
-    The paper gives every block one of 4 layers, 192 wide, with 3 heads, at every K, size and regime. Paper does
-    not say: the inner form. VideoMAE's: Linear without bias, [visible, mask tokens] plus its own sinusoid
+    In the paper every block has its own, of 4 layers, 192 wide, with 3 heads, at every K, size and regime. Paper
+    does not say: the inner form. VideoMAE's: Linear without bias, [visible, mask tokens] plus its own sinusoid
     positions, layers, LayerNorm, and a Linear head on the masked tokens only.
 
     layers: transformer layers of the decoder's width, (B, N, width) to the same; the paper's are

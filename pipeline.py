@@ -1,7 +1,8 @@
 """Simultaneous blockwise training with a process for each block.
 
 No gradient crosses a block boundary (arXiv 2601.09040, Sec. 3.1), so nothing ever comes back: process k works on
-a batch while process k - 1 works on the next one. The numbers are those of one process, bit for bit.
+a batch while process k - 1 works on the next one. The numbers are those of one process, bit for bit on a CPU
+with as many threads.
 
     torchrun --nproc-per-node 4 pipeline.py --blocks 4          # train.py's settings
     torchrun --nproc-per-node 4 pipeline.py --resume --out RUN  # or train.py, in one process

@@ -202,7 +202,7 @@ def score(x, targets, folds, *, k=20):
     """All scores of features x (n, D): those of probe_accuracy(), k-NN and retrieval by name, [L] each.
 
     targets: (n, L). folds: [(train indices, test indices)]; accuracies are means over them, retrieval is
-    among the test clips of all. "all" is one value: the share of test clips with every target right.
+    among all their test clips. "all" is one value: the share of test clips with every target right.
     """
     found = probe_accuracy(x, targets, folds)
     near = [(knn(x[train], targets[train], x[test], k=k) == targets[test]).double() for train, test in folds]
@@ -269,7 +269,8 @@ class Run(NamedTuple):
         """Title of the same architecture at random initialisation."""
         config = self.model.config
         tubelet = "x".join(map(str, config["tubelet"]))
-        return f"untrained, {config['width']} wide, {tubelet}, K = {config['blocks']}"
+        bare = "" if list(self.model.blocks.values())[-1].norm else ", no norm"  # as a fine-tuned VideoMAE
+        return f"untrained, {config['width']} wide, {tubelet}, K = {config['blocks']}{bare}"
 
 
 def read_runs(paths, blocks=4):
@@ -301,8 +302,9 @@ def subjects(runs, before_norm=False):
         torch.manual_seed(run.checkpoint["settings"].get("seed", 0))
         models[run.untrained] = Blockwise(**run.checkpoint["config"])
     models |= {run.title: copy.deepcopy(run.model) for run in runs}
-    for model in list(models.values())[1:] if before_norm else ():
-        list(model.blocks.values())[-1].norm = None
+    for title, model in list(models.items())[1:]:
+        if before_norm or title.endswith("no norm"):
+            list(model.blocks.values())[-1].norm = None
     return models
 
 

@@ -512,7 +512,7 @@ def test_a_videomae_gives_the_tokens_predictions_and_loss_of_the_peer(form, tmp_
     else:
         torch.save(state, tmp_path / "pytorch_model.bin")
     config.save_pretrained(tmp_path)
-    model, _ = load(tmp_path, blocks=2)
+    model, checkpoint = load(tmp_path, blocks=2)
 
     video = clips(2, (4, 32, 32))
     visible, masked = tube_mask(2, model.grid, 0.5)
@@ -523,6 +523,8 @@ def test_a_videomae_gives_the_tokens_predictions_and_loss_of_the_peer(form, tmp_
         found = model.reconstruct(video, visible, masked)
         if form == "backbone":
             assert found == {}
+            run = probe.Run("run", "run", model, checkpoint)
+            assert probe.subjects([run])[run.untrained].blocks["block2"].norm is None
             return
         mask = torch.zeros(2, math.prod(model.grid), dtype=torch.bool).scatter(1, masked, True)
         expected = peer(pixels, bool_masked_pos=mask)
@@ -874,6 +876,7 @@ def listed(folder, *lines, name="list.txt"):
 def test_a_folder_gives_its_videos_with_parent_folders_as_labels(folder):
     (folder / "notes.txt").write_text("no video")
     (folder / "walk" / "._clip.mp4").write_text("a resource fork")
+    write_copies(folder, [".Trash/old.mp4"])
     videos = Videos(folder, video=(4, 32, 32))
     assert len(videos) == 20 and videos.labels == {"class": ("Run", "walk")}
     assert videos.name(0) == "Run/clip 00.MP4" and videos.targets(0) == (0,) and videos.targets(19) == (1,)
@@ -1975,7 +1978,6 @@ def test_analysis_writes_tables_claims_and_figures(three_runs, tmp_path, monkeyp
     assert all(f"C{n} " in text for n in range(1, 8)) and "linear CKA of consecutive blocks" in text
     found = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert len(found["runs"]["sim-2"]["linear CKA"]) == 2
-    assert "e2e-2 | sim-2" in found["linear CKA across runs"]
     assert len(list((tmp_path / "out").glob("figure*.png"))) == 4
 
 

@@ -532,7 +532,8 @@ def draw(model, clips, path, blocks):
     rows["target"] = paint(127.5 + 50 * target, masked, dark)
     for name, prediction in predictions.items():
         rows[f"{name} {losses[name]:.3f}"] = paint(127.5 + 50 * prediction.float(), masked, dark)
-    last = prediction.float().unflatten(-1, (-1, 3))  # (B, M, P/3, 3)
+    name, last = list(predictions.items())[-1]
+    last = last.float().unflatten(-1, (-1, 3))  # (B, M, P/3, 3)
     true = (last * std + mean).flatten(2)  # (B, M, P)
     rows[f"{name} + true mean/std"] = paint(255 * true, masked, patches)
 
