@@ -172,8 +172,9 @@ def extract(models, sources, batch=32, workers=0, device="cpu", measure=None):
     labels {target: classes}; sizes, how many clips each source gave. Raises ValueError if it is none.
     """
     models = {title: model.eval().to(device) for title, model in models.items()}
-    features, targets, names, labels, sizes = defaultdict(list), [], [], {}, []
-    bar = tqdm(total=sum(len(indices) for _, indices in sources), desc="features", unit=" clips", leave=False)
+    features, targets, names, labels, sizes = {}, [], [], {}, []
+    total = sum(len(indices) for _, indices in sources)
+    bar = tqdm(total=total, desc="features", unit=" clips", leave=False)
     for source, indices in sources:
         for target, classes in source.labels.items():  # a test list may hold others, or in another order
             labels[target] = tuple(dict.fromkeys([*labels.get(target, ()), *classes]))
@@ -182,9 +183,13 @@ def extract(models, sources, batch=32, workers=0, device="cpu", measure=None):
                 bar.write(f"broken, left out: {path} ({reason})")
             for title, model in models.items() if clips["index"] else ():
                 for name, tokens in model.encode(clips["video"].to(device)).items():
-                    features[title, name].append(tokens.float().mean(dim=1).cpu())  # (B, D)
+                    found = {(title, name): tokens.float().mean(dim=1)}  # (B, D)
                     if measure is not None:
-                        features[title, name, "measure"].append(measure(tokens).cpu())  # (B,)
+                        found[title, name, "measure"] = measure(tokens)  # (B,)
+                    for key, x in found.items():
+                        if key not in features:  # whole: small pieces, kept, would split the memory of tokens
+                            features[key] = torch.empty(total, *x.shape[1:], dtype=x.dtype)
+                        features[key][len(names) : len(names) + len(x)] = x
             for index in clips["index"]:
                 of_clip = zip(source.labels.items(), source.targets(index))
                 targets.append([labels[target].index(classes[n]) for (target, classes), n in of_clip])
@@ -194,7 +199,7 @@ def extract(models, sources, batch=32, workers=0, device="cpu", measure=None):
     bar.close()
     if not names:
         raise ValueError("There is no clip to read in this data.")
-    features = {key: torch.cat(parts) for key, parts in features.items()}
+    features = {key: x[: len(names)] for key, x in features.items()}
     return features, torch.tensor(targets), names, labels, sizes
 
 

@@ -1596,6 +1596,25 @@ def test_features_are_the_mean_tokens_of_every_block():
     torch.testing.assert_close(model.blocks["block2"].norm(bare["block2"]), tokens["block2"])
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="tells memory on Linux only")
+def test_features_of_more_clips_take_hardly_more_memory():
+    class Wide(torch.nn.Module):
+        def encode(self, video):
+            h, found = torch.zeros(len(video), 128, 96), {}
+            for k in range(12):
+                h = found[f"block{k}"] = torch.cat([h, h, h], dim=2)[..., :96] + 1
+            return found
+
+    def megabytes(clips):
+        probe.extract({name: Wide() for name in "abcdefgh"}, [(source, range(clips))])
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    source = Scenes("test", clips=500, video=(8, 16, 16))
+    with data.program():
+        few = megabytes(64)
+        assert megabytes(500) - few < 60  # the features themselves take 18
+
+
 @pytest.mark.parametrize("double,count", [(False, 10800), (True, 15552)])
 def test_gratings_are_the_papers(double, count):
     source, turns = data.Gratings(double=double), range(0, 360, 30)
