@@ -111,6 +111,8 @@ def occlude(video, patch=(16, 16), *, halves=False, blank=0, generator=None):
     _, H, W, _ = video.shape
     kept = torch.full_like(video, blank)
     columns = W // patch[1]
+    if halves and columns < 2:
+        raise ValueError(f"Clips {W} pixels wide have no {patch[1]} pixels to show in each half.")
     # Of an odd number of columns, the middle one lies in neither half.
     sides = [(0, columns // 2), ((columns + 1) // 2, columns)] if halves else [(0, columns)]
     for first, last in sides:
@@ -175,6 +177,7 @@ def measure(args, runs, sources):
     # Blank is 0, which in gratings (-1..1) is mid-grey.
     halves, blank = args.data == "double-gratings", 128 if args.data in ("gratings", "double-gratings") else 0
     rule = {"patch": runs[0].model.tubelet[1:], "halves": halves, "blank": blank}
+    occlude(torch.zeros(*runs[0].model.video, 3), **rule)  # raises if clips are too narrow for it
     covered = [(Occluded(source, rule), indices) for source, indices in sources]
     features, targets, _, labels, sizes = extract(models, sources, *options, measure=patch_similarity)
     folds = split(targets, labels, sizes)

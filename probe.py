@@ -270,11 +270,16 @@ class Run(NamedTuple):
         return self.checkpoint["settings"].get("regime")
 
     @property
+    def norm(self):
+        """The output LayerNorm; None where there is none, as in a fine-tuned VideoMAE."""
+        return list(self.model.blocks.values())[-1].norm
+
+    @property
     def untrained(self):
         """Title of the same architecture at random initialisation."""
         config = self.model.config
         tubelet = "x".join(map(str, config["tubelet"]))
-        bare = "" if list(self.model.blocks.values())[-1].norm else ", no norm"  # as a fine-tuned VideoMAE
+        bare = "" if self.norm else ", no norm"
         return f"untrained, {config['width']} wide, {tubelet}, K = {config['blocks']}{bare}"
 
 
@@ -302,15 +307,15 @@ def subjects(runs, before_norm=False):
 
     before_norm: the last block of every network ends before the output LayerNorm.
     """
-    models = {"pixels": Pixels()}
+    untrained, trained = {}, {}
     for run in runs:
         torch.manual_seed(run.checkpoint["settings"].get("seed", 0))
-        models[run.untrained] = Blockwise(**run.checkpoint["config"])
-    models |= {run.title: copy.deepcopy(run.model) for run in runs}
-    for title, model in list(models.items())[1:]:
-        if before_norm or title.endswith("no norm"):
-            list(model.blocks.values())[-1].norm = None
-    return models
+        pair = Blockwise(**run.checkpoint["config"]), copy.deepcopy(run.model)
+        for model in pair:
+            if before_norm or run.norm is None:
+                list(model.blocks.values())[-1].norm = None
+        untrained[run.untrained], trained[run.title] = pair
+    return {"pixels": Pixels()} | untrained | trained
 
 
 def open_data(args, run, probed=True):

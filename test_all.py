@@ -1728,6 +1728,7 @@ def test_occlusion_leaves_one_patch_on_the_grid(halves):
         assert not halves or sorted(place % 4 // 2 for place in left) == [0, 1]
         seen.update(left)
     assert len(seen) > 12  # of 16 places
+    raises("Clips 16 pixels wide have no 16", analyze.occlude, video[:, :, :16], halves=True)
 
 
 def test_reconstruction_losses_are_the_training_losses():
