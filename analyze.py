@@ -127,7 +127,8 @@ def occlude(video, patch=(16, 16), *, halves=False, blank=0, generator=None):
 def reconstruction_losses(model, videos, *, ratio=0.9, seed=0):
     """Local loss by block on masked clips (Sec. 4): {"block1": float, ...}; e2e has block K's only.
 
-    videos: an iterable of (B, T, H, W, C) uint8. The masks are drawn from seed, the same for every model.
+    videos: an iterable of (B, T, H, W, C) uint8. The masks are drawn from seed, the same for every model, also
+    for one that was trained with another ratio.
     """
     generator, sums, count = torch.Generator().manual_seed(seed), defaultdict(float), 0
     device = next(model.parameters()).device
@@ -340,7 +341,8 @@ def decide(parts):
     """The verdict on a claim from its parts (Estimate, low, high, words): all true values lie in low..high.
 
     Confirmed if every 95 % interval lies inside. Refuted if one lies outside as a whole, of intervals so wide
-    that all hold at the same time with 95 % (Bonferroni). So either is wrong in at most 5 % of cases.
+    that all hold at the same time with 95 % (Bonferroni). So either is wrong in at most 5 % of cases,
+    what training gains taken as known.
     Parts of one seed decide nothing.
     """
     several = [part for part in parts if not math.isnan(part[0].freedom) or math.isnan(part[0].value)]

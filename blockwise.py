@@ -293,8 +293,10 @@ def count_parameters(model):
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 
-def save(path, model, optimizers, *, step, settings, data=""):
+def save(path, model, optimizers, *, step, settings, data="", total=0):
     """Write a checkpoint. settings: a dict of builtins; data: a fingerprint of what the run is trained on.
+
+    total: steps of the whole run.
 
     It is written beside the old one and then takes its place: a kill at any moment leaves a readable file.
     Raises OSError if that fails, for a full disk for example; the old one is then still there.
@@ -306,6 +308,7 @@ def save(path, model, optimizers, *, step, settings, data=""):
         "step": step,
         "settings": settings,
         "data": data,
+        "total": total,
     }
     temporary = Path(f"{path}.tmp")
     try:

@@ -703,6 +703,12 @@ def free_workers(error):
     traceback.clear_frames(error.__traceback__)
 
 
+def out_of_memory(error):
+    """Is there too little memory, of the machine or of a GPU?"""
+    lacks = "out of memory" in str(error) or "allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and lacks)
+
+
 @contextlib.contextmanager
 def program():
     """Around the main() of every program: what ends it ends it with one sentence and without a traceback."""
@@ -724,7 +730,7 @@ def program():
             fail(error)
         if isinstance(error, OSError):  # a full disk, for example
             fail(f"{error.filename or 'a file'}: {reason(error)}", code=1)
-        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
+        if out_of_memory(error):
             fail("out of memory; try a smaller --batch.", code=1)
         raise
 

@@ -33,8 +33,8 @@ from probe import extract, open_data, parser, print_table, probe_accuracy, read_
 # Where a state_dict keeps the four matrices of an encoder layer, as regular expressions; {} is a number.
 WEIGHTS = {
     "this project": r"blocks\.block{}\.layers\.{}\.(qkv|proj|fc1|fc2)\.weight",  # block and layer
-    "VideoMAE, timm": r"(encoder\.)?blocks\.{}\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.weight",
-    "Hugging Face": r"(videomae\.)?encoder\.layer\.{}\.(attention\.attention\.(query|key|value)"
+    "VideoMAE, timm": r"(module\.)?(encoder\.)?blocks\.{}\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.weight",
+    "Hugging Face": r"(module\.)?(videomae\.)?encoder\.layer\.{}\.(attention\.attention\.(query|key|value)"
     r"|(attention\.output|intermediate|output)\.dense)\.weight",
 }
 

@@ -270,6 +270,18 @@ class Run(NamedTuple):
         return self.checkpoint["settings"].get("regime")
 
     @property
+    def seed(self):
+        """What its weights, data order and masks are drawn from."""
+        return self.checkpoint["settings"].get("seed", 0)
+
+    @property
+    def recipe(self):
+        """All that seeds of one setting have in common."""
+        mine = {"seed", "out", "resume", "device", "workers", "data", "list", "decoder_slices"}
+        settings = {key: value for key, value in self.checkpoint["settings"].items() if key not in mine}
+        return settings, *(self.checkpoint.get(key) for key in ("config", "step", "data"))
+
+    @property
     def norm(self):
         """The output LayerNorm; None where there is none, as in a fine-tuned VideoMAE."""
         return list(self.model.blocks.values())[-1].norm
@@ -295,9 +307,13 @@ def read_runs(paths, blocks=4):
             both = f"{other.title} and {title}"
             if run.model.video != other.model.video:
                 raise ValueError(f"{both} take clips of different sizes; one at a time.")
-            one, two = ((r.checkpoint["config"], r.regime, r.checkpoint["step"]) for r in (run, other))
-            if run.group == other.group and one != two:
+            if run.group == other.group and run.recipe != other.recipe:
                 raise ValueError(f"{both} look like seeds of one run but differ; rename one.")
+            if run.group == other.group and run.seed == other.seed:
+                raise ValueError(f"{both} look like two seeds but both have {run.seed}; rename one.")
+        step, total = run.checkpoint["step"], run.checkpoint.get("total", 0)
+        if step < total:
+            tqdm.write(f"{title} is not finished: step {step} of {total}")
         runs.append(run)
     return runs
 
@@ -309,7 +325,7 @@ def subjects(runs, before_norm=False):
     """
     untrained, trained = {}, {}
     for run in runs:
-        torch.manual_seed(run.checkpoint["settings"].get("seed", 0))
+        torch.manual_seed(run.seed)
         pair = Blockwise(**run.checkpoint["config"]), copy.deepcopy(run.model)
         for model in pair:
             if before_norm or run.norm is None:

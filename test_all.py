@@ -1965,12 +1965,39 @@ def test_wrong_calls_are_refused_before_the_measurements(program, three_runs, tm
         cases += [("--k 0", "at least 1"), (f"--features {tmp_path}", "cannot be written")]
     for arguments, sentence in cases:
         assert sentence in refused(program, *base, *arguments.split())
-    other = shutil.copytree(three_runs / "sim-2", tmp_path / "sim-2-seed5")  # of another number of steps
-    torch.save(load(other)[1] | {"step": 7}, other / "last.pt")
-    assert "look like seeds of one run but differ" in refused(program, other, *base)
+    other = shutil.copytree(three_runs / "sim-2", tmp_path / "sim-2-seed5")
+    assert "look like two seeds but both have" in refused(program, other, *base)
+    checkpoint = load(other)[1]
+    for change in ({"step": 7}, {"settings": checkpoint["settings"] | {"lr": 0.5}}):
+        torch.save(checkpoint | change, other / "last.pt")
+        assert "look like seeds of one run but differ" in refused(program, other, *base)
     if program is analyze:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         assert "pip install matplotlib" in refused(analyze, *base, "--plot")
+
+
+def test_a_run_that_is_not_finished_is_read_and_said_to_be(three_runs, tmp_path, capsys):
+    other = shutil.copytree(three_runs / "sim-2", tmp_path / "other")
+    probe.read_runs([other])
+    assert "not finished" not in capsys.readouterr().out
+    checkpoint = load(other)[1]
+    torch.save(checkpoint | {"step": 1}, other / "last.pt")
+    probe.read_runs([other])
+    assert f"other is not finished: step 1 of {checkpoint['step']}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error,short",
+    [
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("input has another memory format"), False),
+    ],
+)
+def test_only_a_lack_of_memory_is_called_so(error, short):
+    assert data.out_of_memory(error) == short
 
 
 def test_probe_on_videos_with_lists_and_wrong_calls(three_runs, folder, tmp_path):

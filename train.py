@@ -586,7 +586,7 @@ def train(config, model, source, checkpoint, why, Learner):
             data.check_output(out, folder=True)
         describe(config, model, source, why, total - done)
         clips = fixed_clips(config, model, source)
-        belongs = {"settings": asdict(config), "data": source.fingerprint}
+        belongs = {"settings": asdict(config), "data": source.fingerprint, "total": total}
         start_folder(out, model, new=checkpoint is None, **belongs)
     if config.compile:
         for part in [*model.blocks.values(), *model.decoders.values()]:
@@ -690,7 +690,7 @@ def explain(error, config):
     if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
         fewer = f"--workers {config.workers // 2}"
         return f"A process that reads clips died, out of memory perhaps. {kept} {fewer}.", 1
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
+    if data.out_of_memory(error):
         return f"Out of memory. {kept} and more --decoder-slices, or start anew with a smaller --batch.", 1
     if isinstance(error, OSError):  # a full disk, for example
         return f"{error}. {kept}.", 1
