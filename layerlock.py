@@ -9,7 +9,7 @@ throughout.
 
     python layerlock.py                          # 12 blocks of one layer each, latent targets
     python layerlock.py --target pixels          # freezing alone: cheaper, the target stays pixels
-    python layerlock.py --freeze-start -1        # the control: a latent target without freezing; the paper's collapses
+    python layerlock.py --freeze-start -1        # the control: nothing frozen; the paper's collapses
     python layerlock.py --help                   # train.py's settings and those of the schedule
 
 Shapes as in model.py: B batch, N tokens, V visible, M masked, D width, K blocks.
