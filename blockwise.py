@@ -294,10 +294,9 @@ def count_parameters(model):
 
 
 def save(path, model, optimizers, *, step, settings, data="", total=0):
-    """Write a checkpoint. settings: a dict of builtins; data: a fingerprint of what the run is trained on.
+    """Write a checkpoint after `step` of `total` steps.
 
-    total: steps of the whole run.
-
+    settings: a dict of builtins. data: a fingerprint of what the run is trained on.
     It is written beside the old one and then takes its place: a kill at any moment leaves a readable file.
     Raises OSError if that fails, for a full disk for example; the old one is then still there.
     """

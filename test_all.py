@@ -2093,7 +2093,9 @@ def test_entropy_ranks_videomae_and_hugging_face_checkpoints(tmp_path):
     authors |= {f"encoder.blocks.{i}.norm1.weight": torch.arange(99.0) for i in (0, 10)}
     hugging_face, own = state("videomae.encoder.layer.{}.{}.weight", six), state("trunk.{}.{}.w", four)
     path, pattern = tmp_path / "checkpoint.pth", r"trunk\.{}\..*\.w"
-    for one, count, flags in ((authors, 4, ()), (hugging_face, 6, ()), (own, 4, ("--pattern", pattern))):
+    wrapped = {f"module.{key}": value for key, value in authors.items()}  # by data parallel training
+    forms = ((authors, 4, ()), (wrapped, 4, ()), (hugging_face, 6, ()), (own, 4, ("--pattern", pattern)))
+    for one, count, flags in forms:
         found = gardener.layer_weights(one, *flags[1:])
         assert list(found) == [(0,), (10,)] and [len(w) for w in found.values()] == [count, count]
         torch.save({"model": one, "args": argparse.Namespace(lr=1e-4)}, path)  # as in VideoMAE's files
