@@ -181,7 +181,7 @@ def measure(args, runs, sources):
     occlude(torch.zeros(*runs[0].model.video, 3), **rule)  # raises if clips are too narrow for it
     covered = [(Occluded(source, rule), indices) for source, indices in sources]
     features, targets, _, labels, sizes = extract(models, sources, *options, measure=patch_similarity)
-    folds = split(targets, labels, sizes)
+    folds = split(targets, labels, sizes, sources[0][0])
     occluded = extract(models, covered, *options)[0]
 
     results, by_clip, tested = {}, {}, torch.cat([test for _, test in folds])
@@ -361,8 +361,9 @@ def describe(found, unit="", scale=1.0):
     """An estimate in words, with its 95 % interval."""
     if math.isnan(found.value):
         return "unknown (training gained nothing for sure)"
-    words, margin = f"{scale * found.value:+.3g}{unit}", scale * found.margin()
-    return words if math.isnan(margin) else f"{words} ± {margin:.2g}{unit}"
+    decimals, margin = 3 if scale == 1 else 1, scale * found.margin()
+    words = f"{scale * found.value:+.{decimals}f}{unit}"
+    return words if math.isnan(margin) else f"{words} ± {margin:.{decimals}f}{unit}"
 
 
 def loss_of(a, b, name, low=-math.inf):
@@ -378,7 +379,8 @@ def loss_of(a, b, name, low=-math.inf):
 def lead_of(a, b, name):
     """(Estimate, low, high, words): what b has more than a after block 1 of b; more than 0 is wanted."""
     lead = difference(b, a, name, 0, a.K // b.K - 1)
-    return lead, 0.0, math.inf, f"{name}, block 1: {b.name} has {describe(lead)} more than {a.name}"
+    words = describe(lead, " points", 100) if "accuracy" in name else describe(lead)
+    return lead, 0.0, math.inf, f"{name}, block 1: {b.name} has {words} more than {a.name}"
 
 
 def saturation(groups):
@@ -559,8 +561,8 @@ def main(arguments=None):
         print(f"{claim}: {answer}")
         for words in numbers or ["no runs or no targets to compare"]:
             print(f"    {words}")
-    text = json.dumps({"runs": results, "claims": verdicts}, indent=1).replace("NaN", "null")
-    (folder / "analysis.json").write_text(text + "\n")
+    found = {"settings": vars(args), "runs": results, "claims": verdicts}
+    (folder / "analysis.json").write_text(json.dumps(found, indent=1).replace("NaN", "null") + "\n")
     print(f"\n{folder}/analysis.json")
     if args.plot:
         plot(groups, folder)

@@ -153,7 +153,7 @@ def probe_pruned(args, model, sources, removed):
     """Linear probe of the last block without some layers: {frozenset: share of targets right, by clip}."""
     models = {"": Pruned(model, removed)}
     features, targets, _, labels, sizes = extract(models, sources, args.batch, args.workers, args.device)
-    folds = split(targets, labels, sizes)
+    folds = split(targets, labels, sizes, sources[0][0])
     probed = tqdm(features.items(), "probes", leave=False)
     return {choice: probe_accuracy(x, targets, folds)["correct"].mean(axis=0) for (_, choice), x in probed}
 

@@ -188,7 +188,7 @@ def resolve_schedule(config, steps):
     if until >= config.blocks:
         fix = "lower --freeze-until or raise --blocks"
         raise ValueError(f"{config.blocks} blocks cannot freeze {until} and learn; {fix}.")
-    if last >= steps:
+    if start >= 0 and last >= steps:
         fix = "lower --freeze-start or --freeze-every"
         raise ValueError(f"The last block would freeze at step {last}, after the run's {steps}; {fix}.")
     if start == -1 and config.target == "pixels":

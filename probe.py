@@ -135,14 +135,22 @@ def retrieval(x, labels, *, ks=(1, 5, 10)):
 
 
 def stratified_folds(labels, folds=3, seed=0):
-    """[(train indices, test indices)] with every class spread evenly over the folds, drawn from seed."""
+    """[(train indices, test indices)] with every class spread evenly over the folds, drawn from seed.
+
+    seed: None for folds of neighbours in each class, which keep apart what is alike because it is near.
+    """
     labels = np.asarray(labels)
     fold = np.empty(len(labels), int)
     rng, start = np.random.default_rng(seed), 0
     for value in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == value))
-        fold[members] = (np.arange(len(members)) + start) % folds
+        members = np.flatnonzero(labels == value)
+        of_members = (np.arange(len(members)) + start) % folds
         start += len(members)  # so that small classes do not all begin at the first fold
+        if seed is None:
+            of_members.sort()
+        else:
+            members = rng.permutation(members)
+        fold[members] = of_members
     return [tuple(torch.from_numpy(np.flatnonzero(m)) for m in (fold != f, fold == f)) for f in range(folds)]
 
 
@@ -244,11 +252,11 @@ def parser(description):
     add("runs", nargs="+", metavar="RUN", help="run folder of train.py, or a checkpoint of VideoMAE")
     add("--blocks", type=count, default=4, help="K that a checkpoint of VideoMAE is cut into [4]")
     add("--data", help="folder of videos, gratings, or double-gratings [generated moving scenes]")
-    add("--train-list", help="videos to fit on, as in train.py --list; without: 3 stratified folds")
+    add("--train-list", help="videos to fit on, as train.py --list [3 folds, of neighbours by name]")
     add("--test-list", help="videos to test on")
     add("--stride", type=count, help="take every stride-th frame of a video [as the first run, else 4]")
     add("--short", choices=("drop", "repeat"), help="rule for short videos [as the first run, else drop]")
-    add("--clips", type=count, help="take only this many, drawn at random [scenes: 3000]")
+    add("--clips", type=count, help="take this many, drawn at random; of scenes the first [scenes: 3000]")
     add("--before-norm", action="store_true", help="read the last block before the output LayerNorm")
     add("--batch", type=count, default=32, help="clips at a time [32]")
     add("--workers", type=most, default=workers, help=f"processes that read clips [{workers}]")
@@ -344,6 +352,8 @@ def open_data(args, run, probed=True):
         raise ValueError("--train-list and --test-list go together; without both, 3 folds are drawn.")
     if args.train_list and args.data in (None, "gratings", "double-gratings"):
         raise ValueError("--train-list and --test-list name videos; say in which folder with --data.")
+    if (args.stride or args.short) and args.data in (None, "gratings", "double-gratings"):
+        raise ValueError("--stride and --short are for videos; say in which folder with --data.")
     video, settings = run.model.video, run.checkpoint["settings"]
     if args.data is None:
         sources = [data.Scenes("test", clips=args.clips or 3000, video=video)]
@@ -362,14 +372,19 @@ def open_data(args, run, probed=True):
     return [(source, sorted(rng.permutation(len(source))[: args.clips].tolist())) for source in sources]
 
 
-def split(targets, labels, sizes):
+def split(targets, labels, sizes, source):
     """[(train indices, test indices)]: of the two lists, or 3 folds stratified on the first target (Sec. 4).
 
     Differs from paper, which tests on a fixed 30 % of UCF101's test split: the whole list is tested on.
+    Videos without lists are not drawn into folds at random: parts of one recording, whose names begin alike,
+    would be fitted and tested on, and what tells recordings apart would pass for what tells classes apart.
 
     ValueError where a probe would only seem to measure something.
     """
-    folds = [torch.arange(len(targets)).split(sizes)] if len(sizes) == 2 else stratified_folds(targets[:, 0])
+    seed = None if isinstance(source, data.Videos) else 0
+    folds = [torch.arange(len(targets)).split(sizes)]
+    if len(sizes) == 1:
+        folds = stratified_folds(targets[:, 0], seed=seed)
     for train, test in folds:
         if min(len(train), len(test)) == 0:
             raise ValueError(f"{len(targets)} clips are too few to fit and to test on; take more.")
@@ -389,10 +404,11 @@ def split(targets, labels, sizes):
 
 def print_table(title, columns, rows):
     """Print rows {name: [[value of each seed], ...]} under their columns."""
-    width = max([len(name) for name in rows] + [len(title)])
-    print(f"\n{title:{width}}  " + "  ".join(f"{column:>11}" for column in columns))
-    for name, values in rows.items():
-        print(f"{name:{width}}  " + "  ".join(f"{spread(value):>11}" for value in values))
+    cells = {title: columns} | {name: [spread(value) for value in values] for name, values in rows.items()}
+    first, width = max(map(len, cells)), max(len(cell) for line in cells.values() for cell in line)
+    print()
+    for name, line in cells.items():
+        print(f"{name:{first}}  " + "  ".join(f"{cell:>{width}}" for cell in line))
 
 
 def spread(values):
@@ -430,7 +446,7 @@ def main(arguments=None):
         write_features(args.features, features, targets, names, labels)
         return
 
-    folds = split(targets, labels, sizes)
+    folds = split(targets, labels, sizes, sources[0][0])
     groups, scores = {run.title: run.group for run in runs}, defaultdict(list)  # {row: [score() by seed]}
     for (title, name), x in tqdm(features.items(), "probes", leave=False):
         scores[f"{groups.get(title, title)} {name}"].append(score(x, targets, folds, k=args.k))
@@ -443,13 +459,14 @@ def main(arguments=None):
     for row, seeds in scores.items():
         rows[row] = [[np.mean(s["accuracy"]) for s in seeds], *zip(*(s["accuracy"] for s in seeds))]
     print_table("linear probe, test accuracy", ["mean", *labels], rows)
-    names = ["accuracy", "balanced", "train", "knn", "all", "mAP", "top1", "top5", "top10"]
-    rows = {row: [[np.mean(s[name]) for s in seeds] for name in names] for row, seeds in scores.items()}
-    print_table("mean of targets (all: every one right)", names, rows)
+    names = ["accuracy", "balanced", "train", "knn", "mAP", "top1", "top5", "top10"]
     if len(labels) > 1:
+        names.append("all")
+        rows = {row: [[np.mean(s[name]) for s in seeds] for name in names] for row, seeds in scores.items()}
+        print_table("mean of targets (all: every one right)", names, rows)
         names.remove("all")
-        rows = {row: [[s[name][0] for s in seeds] for name in names] for row, seeds in scores.items()}
-        print_table(f"{next(iter(labels))} alone", names, rows)
+    rows = {row: [[s[name][0] for s in seeds] for name in names] for row, seeds in scores.items()}
+    print_table(f"{next(iter(labels))} alone", names, rows)
 
 
 def write_features(path, features, targets, names, labels):

@@ -1282,6 +1282,21 @@ def test_a_list_makes_nothing_be_written_outside_of_the_run(folder, tmp_path):
     assert before.keys() <= times().keys() and {path.parent for path in written} == {tmp_path / "run"}
 
 
+def test_the_log_times_steps_not_pictures_and_shows_the_fixed_clips(tmp_path, monkeypatch):
+    now, shown = [0.0], []
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    log = train.Log(tmp_path / "log.jsonl", 0, 9)
+    monkeypatch.setattr(log.bar, "write", shown.append)
+    for step, more in ((1, {"eval_loss": {"block1": 0.5}}), (2, {"eval_loss": {}}), (3, {})):
+        log.clips, now[0] = 8, now[0] + 2
+        record = {"step": step, "lr": 1e-3, "loss": {"block1": 0.75}, **log.rates(), **more}
+        now[0] += 100  # pictures
+        log.write(record)
+        assert record["clips_per_s"] == 4
+    log.bar.close()
+    assert [re.search("block1 (.{5})", line)[1] for line in shown] == ["0.500", "0.750"]
+
+
 def test_damage_in_the_log_does_not_stop_resuming(finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "run")
     first, *rest = (out / "log.jsonl").read_bytes().splitlines(keepends=True)
@@ -1351,7 +1366,8 @@ def test_every_setting_is_a_flag_and_every_flag_a_setting():
         ("--data=", "--data"),
         ("--out=", "--out"),
         ("--data nowhere", "'nowhere' is not a folder"),
-        ("--list some.txt", "say which folder with --data"),
+        ("--list some.txt", "say in which folder with --data"),
+        ("--stride 2", "--stride is for videos; say in which folder with --data"),
         ("--learning-rate 1", "unrecognized arguments: --learning-rate"),
         ("--resume --out nowhere", "There is no checkpoint nowhere"),
     ],
@@ -1565,6 +1581,8 @@ def test_folds_are_a_stratified_partition():
     for fit, test in folds:
         assert not set(fit.tolist()) & set(test.tolist()) and len(fit) + len(test) == 38
         assert (labels[test] == 0).sum() == 10 and (labels[test] == 1).sum() in (2, 3)
+    of_neighbours = [test.tolist() for _, test in probe.stratified_folds(labels, seed=None)]
+    assert of_neighbours[0] == [*range(10), 30, 31, 32] and of_neighbours[1] == [*range(10, 20), 33, 34, 37]
 
 
 def test_a_probe_that_can_only_seem_to_measure_is_refused():
@@ -1575,8 +1593,8 @@ def test_a_probe_that_can_only_seem_to_measure_is_refused():
         (torch.tensor([[0], [1], [2]]), [2, 1], "have no class in common"),
         (one[:2], [2, 0], "too few"),
     ):
-        raises(sentence, probe.split, targets, labels, sizes)
-    (fit, test), *_ = probe.split(torch.tensor([[0], [1], [1], [0], [1], [0]]), labels, [4, 2])
+        raises(sentence, probe.split, targets, labels, sizes, None)
+    (fit, test), *_ = probe.split(torch.tensor([[0], [1], [1], [0], [1], [0]]), labels, [4, 2], None)
     assert fit.tolist() == [0, 1, 2, 3] and test.tolist() == [4, 5]
 
 
@@ -1853,7 +1871,10 @@ def test_claims_follow_the_numbers():
         assert verdicts([coarse, finer])["C7"] == expected
     deep = group("e2e", [0.1, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5])
     assert verdicts([deep, good[0]])["C3"] == "confirmed"  # compared after the same layer: .4 and .3
-    assert "has +0.09" in analyze.claims([deep, good[0]])["C3 high-level targets are decodable earlier"][1][0]
+    assert (
+        "has +9.8 points"
+        in analyze.claims([deep, good[0]])["C3 high-level targets are decodable earlier"][1][0]
+    )
     # Nothing was learned: close, but to nothing.
     found = verdicts([group(regime, [0.13] * 4) for regime in ("e2e", "simultaneous", "sequential")])
     assert {found[claim] for claim in ("C1", "C2", "C4", "C5")} == {"cannot tell"}
@@ -2024,7 +2045,7 @@ def test_analysis_writes_tables_claims_and_figures(three_runs, tmp_path, monkeyp
     text, _ = run(analyze, *runs, "--clips", 36, "--workers", 0, "--out", tmp_path / "out", "--plot")
     assert all(f"C{n} " in text for n in range(1, 8)) and "linear CKA of consecutive blocks" in text
     found = json.loads((tmp_path / "out" / "analysis.json").read_text())
-    assert len(found["runs"]["sim-2"]["linear CKA"]) == 2
+    assert len(found["runs"]["sim-2"]["linear CKA"]) == 2 and found["settings"]["clips"] == 36
     assert len(list((tmp_path / "out").glob("figure*.png"))) == 4
 
 
@@ -2232,7 +2253,20 @@ def test_layerlock_resumed_equals_never_having_stopped(tmp_path, monkeypatch, ta
 @with_layerlock
 def test_the_collapse_control_has_a_latent_target_and_freezes_nothing(tmp_path):
     out = tmp_path / "run"
-    run(layerlock, *TINY_RUN, "--blocks", 4, "--freeze-start", -1, "--steps", 3, "--out", out)
+    run(
+        layerlock,
+        *TINY_RUN,
+        "--blocks",
+        4,
+        "--freeze-start",
+        -1,
+        "--freeze-every",
+        9,
+        "--steps",
+        3,
+        "--out",
+        out,
+    )
     model = load(out)[0]
     assert model.config["decoder_values"] == model.config["width"]
     assert not list(out.glob("recon*")) and all(line["features"]["std"] > 0 for line in log_lines(out))

@@ -141,8 +141,9 @@ def parse(Config, manual, arguments=None):
         given["tubelet"] = tuple(given["tubelet"])
     if {"steps", "epochs"} <= set(given):
         data.fail("--steps and --epochs both say how long to train; give one of them.")
-    if "list" in given and not {"data", "resume"} & set(given):
-        data.fail("--list names videos relative to a folder; say which folder with --data.")
+    videos_only = [name for name in ("list", "stride", "short") if name in given]
+    if videos_only and not {"data", "resume"} & set(given):
+        data.fail(f"{flag(videos_only[0])} is for videos; say in which folder with --data.")
     return Config(**given), set(given)
 
 
@@ -464,19 +465,23 @@ class Log:
             self.bar.write(f"left out, the next good video takes its place: {path} ({reason})")
         return batch
 
-    def write(self, record):
-        """Write one line; it also goes to the screen if it has an eval_loss."""
+    def rates(self):
+        """Speed of the steps since the last line, and memory."""
         seconds = time.perf_counter() - self.since
-        record["clips_per_s"] = round(self.clips / seconds, 1)
-        record["wait"], record["memory_mb"] = round(self.waited / seconds, 4), round(peak_memory())
-        self.clips, self.waited, self.since = 0, 0.0, self.since + seconds
+        rates = {"clips_per_s": round(self.clips / seconds, 1), "wait": round(self.waited / seconds, 4)}
+        return rates | {"memory_mb": round(peak_memory())}
+
+    def write(self, record):
+        """Write one line, which also goes to the screen if it has an eval_loss, and restart the clock."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        losses = ", ".join(f"{name} {loss:.3f}" for name, loss in record["loss"].items())
         self.bar.set_postfix_str("loss " + " ".join(f"{loss:.3f}" for loss in record["loss"].values()))
         if "eval_loss" in record:
+            losses = record["eval_loss"] or record["loss"]  # no decoder predicts pixels: of the batch
+            losses = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
             speed = f"{record['clips_per_s']:.0f} clips/s, {record['wait']:.0%} waiting for clips"
             self.bar.write(f"step {record['step']}: loss of {losses}; lr {record['lr']:.1e}; {speed}")
+        self.clips, self.waited, self.since = 0, 0.0, time.perf_counter()
 
 
 def peak_memory():
@@ -617,6 +622,7 @@ def train(config, model, source, checkpoint, why, Learner):
             if leads:
                 epoch = round(done * config.batch / len(source), 4)
                 record = {"step": done, "epoch": epoch, "lr": lr, "loss": losses, "grad_norm": norms}
+                record |= log.rates()
                 if draws:
                     trained = [name for group in whole.groups[: len(optimizers)] for name in group]
                     record.update(evaluate(whole, clips, out, done, trained))
