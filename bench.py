@@ -28,7 +28,7 @@ from tqdm import tqdm
 from blockwise import REGIMES, Blockwise, autocast, make_optimizers, train_step
 from data import Parser, check_output, number, pick_device, program
 from model import SIZES, gather_tokens, normalized_targets, patchify, tube_mask
-from train import default_slices
+from train import Graph, default_slices
 
 
 @contextlib.contextmanager
@@ -94,10 +94,15 @@ def case(args, regime, blocks, slices):
         for part in [*model.blocks.values(), *model.decoders.values()]:
             part.compile()
 
-    def step():
-        train_step(model, optimizers, *batch, dtype=precision(args), slices=slices)
+    settings = {"dtype": precision(args), "slices": slices}
 
-    step.learning = learning(optimizers)
+    def step():
+        train_step(model, optimizers, *batch, **settings)
+
+    step.learning, step.timed = learning(optimizers), step
+    if args.graph:
+        graph = Graph(model, optimizers, **settings)
+        step.timed = lambda: graph.step(*batch)
     return model, step
 
 
@@ -135,21 +140,21 @@ def peer_case(args):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    step.learning = learning([optimizer])
+    step.learning, step.timed = learning([optimizer]), step
     return model, step
 
 
 def time_in_turn(steps, rounds, device):
-    """Seconds of every step, {name: [rounds]}; two more rounds come first, to warm up."""
+    """Seconds of every step, {name: [rounds]}; four more rounds come first, to warm up."""
     seconds = {name: [] for name in steps}
-    for _ in tqdm(range(2 + rounds), "rounds", leave=False):
+    for _ in tqdm(range(4 + rounds), "rounds", leave=False):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
             if device != "cpu":
                 getattr(torch, device.partition(":")[0]).synchronize()
             seconds[name].append(time.perf_counter() - start)
-    return {name: values[2:] for name, values in seconds.items()}
+    return {name: values[4:] for name, values in seconds.items()}
 
 
 def costs(model, step, device):
@@ -195,7 +200,7 @@ def benchmark(args):
         for regime in REGIMES:
             cases[regime] = case(args, regime, args.blocks, args.slices)
     a = torch.randn(2048, 2048, device=args.device, dtype=precision(args) or torch.float32)
-    steps = {name: step for name, (_, step) in cases.items()} | {"product": lambda: a @ a}
+    steps = {name: step.timed for name, (_, step) in cases.items()} | {"product": lambda: a @ a}
     seconds = time_in_turn(steps, args.rounds, args.device)
     rate = 2 * len(a) ** 3 / 1e9 / float(np.median(seconds["product"]))  # the machine's own
     print(f"{args.size}, K = {args.blocks}, batch {args.batch}, {args.device}, {args.dtype}")
@@ -233,12 +238,15 @@ def main(arguments=None):
         flags.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast [fp32]")
         flags.add_argument("--device", default="auto", help="auto, cpu, cuda [auto]")
         flags.add_argument("--compile", action="store_true", help="torch.compile blocks and decoders")
+        flags.add_argument("--graph", action="store_true", help="time train.py --graph, on an NVIDIA GPU")
         flags.add_argument("--rounds", type=number(least=1), default=15, help="timed steps of each [15]")
         flags.add_argument("--peer", action="store_true", help="beside Hugging Face's VideoMAE instead")
         flags.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder [runs/bench]")
         args = flags.parse_args(arguments)
         args.device, _ = pick_device(args.device)
         args.slices = args.slices or default_slices(args.batch, args.device)
+        if args.graph and not args.device.startswith("cuda"):
+            raise ValueError("--graph is for an NVIDIA GPU; leave it out.")
         check_output(args.out, folder=True)
         benchmark(args)
 

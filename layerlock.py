@@ -136,6 +136,8 @@ class LayerLock(train.Learner):
     """An e2e model, of which the schedule freezes one block after the other."""
 
     def __init__(self, config, model, steps, checkpoint=None):
+        if config.graph:
+            raise ValueError("layerlock.py changes what it trains, which a graph cannot; leave out --graph.")
         resolve_schedule(config, steps)
         self.now = (0, 0)  # blocks frozen, and the block whose output is the target; 0: pixels
         super().__init__(config, model, steps, checkpoint)

@@ -285,7 +285,7 @@ class Run(NamedTuple):
     @property
     def recipe(self):
         """All that seeds of one setting have in common."""
-        mine = {"seed", "out", "resume", "device", "workers", "data", "list", "decoder_slices"}
+        mine = {"seed", "out", "resume", "device", "workers", "graph", "data", "list", "decoder_slices"}
         settings = {key: value for key, value in self.checkpoint["settings"].items() if key not in mine}
         return settings, *(self.checkpoint.get(key) for key in ("config", "step", "data"))
 

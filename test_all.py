@@ -1148,6 +1148,15 @@ def test_stopping_and_resuming_equals_never_having_stopped(tmp_path, monkeypatch
     check_resuming(tmp_path, monkeypatch, train, command, stop)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("regime,stop", [("simultaneous", 7), ("sequential", 13)])
+def test_a_graph_changes_no_number_also_in_resuming(tmp_path, monkeypatch, regime, stop):
+    command = [*TINY_RUN, "--device", "cuda", "--regime", regime, "--steps", 8]
+    run(train, *command, "--out", tmp_path / "usual")
+    check_resuming(tmp_path, monkeypatch, train, [*command, "--graph"], stop)
+    assert same(state_of(tmp_path / "usual"), state_of(tmp_path / "whole"))
+
+
 def test_a_finished_run_is_neither_changed_nor_overwritten(finished):
     before = contents(finished)
     assert "is finished: 12 of 12 steps" in run(train, "--resume", "--out", finished)[0]
@@ -1368,6 +1377,7 @@ def test_every_setting_is_a_flag_and_every_flag_a_setting():
         ("--data nowhere", "'nowhere' is not a folder"),
         ("--list some.txt", "say in which folder with --data"),
         ("--stride 2", "--stride is for videos; say in which folder with --data"),
+        ("--graph --device cpu", "--graph is for one process on an NVIDIA GPU; leave it out"),
         ("--learning-rate 1", "unrecognized arguments: --learning-rate"),
         ("--resume --out nowhere", "There is no checkpoint nowhere"),
     ],

@@ -93,6 +93,7 @@ class Config:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "bf16: autocast; auto is bf16 on cuda, else fp32")
     compile: bool = option(False, "torch.compile the blocks and decoders")
+    graph: bool = option(False, "on an NVIDIA GPU: replay each step as one CUDA graph; small models gain")
     workers: int | None = option(None, "processes that read clips (default: by the cores)", least=0, most=256)
     out: str | None = option(None, "folder of the run (default: runs/NAME, named after the settings)")
     resume: bool = option(False, "go on with the run in --out, from its checkpoint, with its settings")
@@ -167,6 +168,8 @@ def resolve_defaults(config):
     if config.device == "cuda" and processes()[1] > 1:
         config.device, _ = data.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
     cuda = config.device.startswith("cuda")
+    if config.graph and not (cuda and processes()[1] == 1):
+        raise ValueError("--graph is for one process on an NVIDIA GPU; leave it out.")
     if cuda:
         torch.cuda.set_device(torch.device(config.device).index or 0)
     if config.dtype == "auto":  # Paper does not say: the precision.
@@ -194,7 +197,7 @@ def resumed(Config, config, given):
     if odd or not checkpoint.keys() >= {"optimizers", "data"}:
         which = f"settings {', '.join(odd[:9])}" if odd else "no optimizers"
         raise ValueError(f"The checkpoint in {config.out} was not written by {config.program} ({which}).")
-    elsewhere, moved = {"resume", "out", "device", "workers"}, {"data", "list", "decoder_slices"}
+    elsewhere, moved = {"resume", "out", "device", "workers", "graph"}, {"data", "list", "decoder_slices"}
     for name in given - elsewhere - moved:
         value = getattr(config, name)
         if value not in (saved[name], "auto"):
@@ -275,7 +278,7 @@ class Learner:
     """
 
     def __init__(self, config, model, steps, checkpoint=None):
-        self.config, self.model, self.steps, self.optimizers = config, model, steps, []
+        self.config, self.model, self.steps, self.optimizers, self.graph = config, model, steps, [], None
         self.rank, self.processes = processes()
         parts = self.part[1]
         if config.batch % parts:
@@ -337,8 +340,12 @@ class Learner:
 
     def step(self, video, visible, masked):
         """One step on this process's part of a batch: (losses, gradient norms), as train_step()."""
-        video = video.to(self.config.device, non_blocking=True)
-        return train_step(self.model, self.optimizers, video, visible, masked, **self.step_settings())
+        batch = (video.to(self.config.device, non_blocking=True), visible, masked)
+        if not self.config.graph:
+            return train_step(self.model, self.optimizers, *batch, **self.step_settings())
+        if self.graph is None or self.graph.optimizers is not self.optimizers:  # those of another stage
+            self.graph = Graph(self.model, self.optimizers, **self.step_settings())
+        return self.graph.step(*batch)
 
     def step_settings(self):
         """What a step takes from the settings."""
@@ -373,6 +380,44 @@ class Learner:
                 dist.barrier()
             if torch.cuda.is_available():  # NCCL asks for it; gloo's can hang where another process has left
                 dist.destroy_process_group()
+
+
+class Graph:
+    """train_step() as a CUDA graph: recorded after three usual steps, from then on replayed.
+
+    A replay runs the same kernels, and so computes the same numbers, without Python and the launch of each, which
+    cost a GPU more time than the arithmetic of small models. settings: as train_step(). Shapes must not change.
+    """
+
+    def __init__(self, model, optimizers, **settings):
+        torch.cuda.synchronize()  # the graph of another stage may still be running
+        self.model, self.optimizers, self.settings = model, optimizers, settings
+        self.groups = [group for optimizer in filter(None, optimizers) for group in optimizer.param_groups]
+        self.usual, self.graph, self.lr = 3, None, torch.zeros((), device=next(model.parameters()).device)
+
+    def step(self, *batch):
+        """train_step() on a batch (video, visible, masked) of the GPU; what it returns is good until the next."""
+        if self.usual:  # they allocate what lasts; on a stream of their own, as recording wants it
+            self.usual, stream = self.usual - 1, torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                found = train_step(self.model, self.optimizers, *batch, **self.settings)
+            torch.cuda.current_stream().wait_stream(stream)
+            return found
+        lr = self.groups[0]["lr"]
+        if self.graph is None:
+            self.graph, self.batch = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in batch]
+            for group in self.groups:
+                group.update(lr=self.lr, capturable=True)
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.found = train_step(self.model, self.optimizers, *self.batch, **self.settings)
+            for group in self.groups:  # as before, for checkpoints
+                group.update(lr=lr, capturable=False)
+        self.lr.fill_(lr)
+        for place, tensor in zip(self.batch, batch):
+            place.copy_(tensor)
+        self.graph.replay()
+        return self.found
 
 
 def average(tensors):
