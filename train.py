@@ -278,7 +278,7 @@ class Learner:
     """
 
     def __init__(self, config, model, steps, checkpoint=None):
-        self.config, self.model, self.steps, self.optimizers, self.graph = config, model, steps, [], None
+        self.config, self.model, self.steps, self.optimizers = config, model, steps, []
         self.rank, self.processes = processes()
         parts = self.part[1]
         if config.batch % parts:
@@ -303,6 +303,7 @@ class Learner:
         if step % self.steps == 0 or not self.optimizers:
             settings = {"lr": c.lr, "betas": (c.beta1, c.beta2), "weight_decay": c.weight_decay}
             self.optimizers = make_optimizers(self.model, stage=stage, **settings)
+            self.graph = None  # of a step with these
 
     def load_optimizers(self, states):
         """Go on with the state that a checkpoint holds."""
@@ -343,7 +344,7 @@ class Learner:
         batch = (video.to(self.config.device, non_blocking=True), visible, masked)
         if not self.config.graph:
             return train_step(self.model, self.optimizers, *batch, **self.step_settings())
-        if self.graph is None or self.graph.optimizers is not self.optimizers:  # those of another stage
+        if self.graph is None:
             self.graph = Graph(self.model, self.optimizers, **self.step_settings())
         return self.graph.step(*batch)
 
