@@ -1161,10 +1161,17 @@ def test_a_finished_run_is_neither_changed_nor_overwritten(finished):
     before = contents(finished)
     assert "is finished: 12 of 12 steps" in run(train, "--resume", "--out", finished)[0]
     message = refused(train, *TINY_RUN, "--steps", 1, "--out", finished)
-    assert "holds a run; go on with it by --resume" in message
+    assert "is not empty; go on with its run by --resume, or name another --out" in message
     message = refused(train, "--resume", "--lr", 0.5, "--out", finished)
     assert "was started with --lr 0.001, not 0.5" in message
     assert before == contents(finished)
+
+
+def test_a_folder_of_something_else_is_not_called_a_run(tmp_path):
+    (tmp_path / "thesis.tex").write_text("text")
+    message = refused(train, *TINY_RUN, "--steps", 1, "--out", tmp_path)
+    assert "is not empty; name another --out" in message
+    assert contents(tmp_path).keys() == {"thesis.tex"}
 
 
 def test_a_run_keeps_its_folder_to_itself_and_signals_to_the_whole_process_group_save_it(tmp_path):

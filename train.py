@@ -243,7 +243,8 @@ def set_up(Config, config, given):
         files = out.iterdir() if out.is_dir() else [out] if out.exists() else []
         # A start that was killed may leave empty files and half a checkpoint.
         if any(file.stat().st_size and file.name != "last.pt.tmp" for file in files):
-            raise ValueError(f"{out} holds a run; go on with it by --resume, or name another --out.")
+            go_on = "go on with its run by --resume, or " if (out / "last.pt").is_file() else ""
+            raise ValueError(f"{out} is not empty; {go_on}name another --out.")
     why = resolve_defaults(config)
     if model is None:
         torch.manual_seed(config.seed)
