@@ -33,7 +33,8 @@ from probe import extract, open_data, parser, print_table, probe_accuracy, read_
 def linear_cka(x, y):
     """Linear centred kernel alignment (Sec. 4): |X'Y|^2 / (|X'X| |Y'Y|), columns centred.
 
-    x (n, D), y (n, E): the same n clips. Returns 0..1; nan if x or y is constant. In float64.
+    x (n, D), y (n, E): the same n clips. Returns 0..1; nan if x or y is constant. In float64. Of fewer clips
+    than some times D it is too high, also between features that have nothing in common.
     """
     x, y = (a.double() - a.double().mean(dim=0) for a in (x, y))
     return ((x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())).item()
@@ -262,7 +263,7 @@ class Group(NamedTuple):
     name: str
     regime: str
     K: int
-    architecture: dict
+    setting: dict  # what two groups must share to be compared: architecture, recipe, data
     results: list  # of every seed {measurement: [K]}
     by_clip: list  # of every seed {measurement: (K, test clips)}
     untrained: "Group | None" = None
@@ -277,12 +278,11 @@ def make_groups(runs, results, by_clip):
     groups = []
     for name in dict.fromkeys(run.group for run in runs):
         seeds = [run for run in runs if run.group == name]
-        config, blank = seeds[0].model.config, seeds[0].untrained
-        other = ("regime", "blocks", "decoder_values")
-        shape = config["blocks"], {key: value for key, value in config.items() if key not in other}
+        run, blank = seeds[0], seeds[0].untrained
+        shape = run.model.config["blocks"], run.setting
         fresh = Group(blank, "untrained", *shape, [results[blank]], [by_clip[blank]])
         found = [[of[run.title] for run in seeds] for of in (results, by_clip)]
-        groups.append(Group(name, seeds[0].regime, *shape, *found, fresh))
+        groups.append(Group(name, run.regime, *shape, *found, fresh))
     return groups
 
 
@@ -410,7 +410,7 @@ def saturation(groups):
 def claims(groups):
     """What some groups of runs say to the paper's claims: {claim: (verdict, [numbers that decide])}."""
     blockwise = [g for g in groups if g.regime in ("simultaneous", "sequential")]
-    pairs = [(a, b) for a in groups for b in blockwise if a.architecture == b.architecture]
+    pairs = [(a, b) for a in groups for b in blockwise if a.setting == b.setting]
     ends = [(a, b) for a, b in pairs if a.regime == "e2e"]
     starts = [(a, b) for a, b in ends if b.K > 1 and a.K % b.K == 0]  # a has been read after b's block 1, too
     orders = [(a, b) for a, b in pairs if (a.regime, b.regime, a.K) == ("simultaneous", "sequential", b.K)]
@@ -484,10 +484,10 @@ def colour_of(g, groups):
 def draw_lines(axis, groups, name):
     """One measurement against the encoder layers that come before it, so that every K lies on one axis."""
     for g in groups:
-        layers = np.arange(1, g.K + 1) * g.architecture["depth"] / g.K
+        layers = np.arange(1, g.K + 1) * g.setting["depth"] / g.K
         draw_band(axis, layers, g.values(name), g.name, colour_of(g, groups))
     axis.set(title=name.replace("accuracy", "linear probe").replace("_", " "), xlabel="encoder layers")
-    axis.set_xticks(range(1, max(g.architecture["depth"] for g in groups) + 1))
+    axis.set_xticks(range(1, max(g.setting["depth"] for g in groups) + 1))
 
 
 def draw_gains(axis, groups, name):
@@ -557,6 +557,10 @@ def main(arguments=None):
     print_measurements(groups)
     verdicts = claims(groups)
     print("\nThe paper's claims; ± is a 95 % interval over seeds and test clips:")
+    for g, first in itertools.product(groups[1:], groups[:1]):
+        names = sorted(g.setting.keys() | first.setting.keys())
+        if odd := [name for name in names if g.setting.get(name) != first.setting.get(name)]:
+            print(f"{g.name} is not compared with {first.name}, which has other {', '.join(odd)}")
     for claim, (answer, numbers) in verdicts.items():
         print(f"{claim}: {answer}")
         for words in numbers or ["no runs or no targets to compare"]:
@@ -570,15 +574,18 @@ def main(arguments=None):
 
 
 def print_measurements(groups):
-    """A table of every measurement by block."""
-    K = max(g.K for g in groups)
+    """A table of every measurement; its columns are the encoder layers that come before, as K may differ."""
+    read = {g.name: [g.setting["depth"] * k // g.K for k in range(1, g.K + 1)] for g in groups}
+    layers = sorted(set(itertools.chain(*read.values())))
     for name in groups[0].results[0]:
-        if "CKA" not in name:
-            rows = {g.name: g.values(name).T.tolist() for g in groups}
-            print_table(name, [f"block{k}" for k in range(1, K + 1)], rows)
-    for name in ("linear CKA", "RBF CKA"):
-        rows = {g.name: [g.values(name)[:, k, k + 1].tolist() for k in range(g.K - 1)] for g in groups}
-        print_table(f"{name} of consecutive blocks", [f"{k}-{k + 1}" for k in range(1, K)], rows)
+        rows, title = {}, f"{name} with the block before" if "CKA" in name else name
+        for g in groups:
+            values = list(g.values(name).T)  # of every block (seeds,), of CKA (K, seeds)
+            if "CKA" in name:
+                values = [[math.nan], *(values[k][k - 1] for k in range(1, g.K))]
+            of_layer = dict(zip(read[g.name], values))
+            rows[g.name] = [of_layer.get(layer, [math.nan]) for layer in layers]
+        print_table(title, [f"layer {layer}" for layer in layers], rows)
 
 
 if __name__ == "__main__":

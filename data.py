@@ -305,7 +305,8 @@ class Videos:
     """All videos below a folder, or those that a list names; the label is the parent folder, or in the list.
 
     folder: searched by file extension.
-    list_file: one `path [label]` per line, relative to folder; paths may hold spaces.
+    list_file: one `path [label]` per line, relative to folder; paths may hold spaces. beside: another list, whose
+    labels are of the same kind.
     video: (T, H, W) of a clip. stride: take every stride-th frame.
     short: what happens to videos of fewer than T * stride frames: "drop" (the paper's rule) leaves them out,
     "repeat" repeats their last frame.
@@ -313,7 +314,7 @@ class Videos:
     Raises ValueError if no usable video is left, BrokenVideos if more than MAX_BROKEN of them are broken.
     """
 
-    def __init__(self, folder, *, list_file=None, video=(16, 128, 128), stride=4, short="drop"):
+    def __init__(self, folder, *, list_file=None, beside=None, video=(16, 128, 128), stride=4, short="drop"):
         self.folder, self.video, self.stride, self.short = Path(folder), tuple(video), stride, short
         if not os.path.isdir(folder):
             raise ValueError(f"{str(folder)!r} is not a folder; --data wants the folder your videos are in.")
@@ -322,7 +323,7 @@ class Videos:
             looked = EXTENSIONS.replace("|", " ")
             raise ValueError(f"No videos in {list_file or folder} (looked for {looked}).")
         counts = look_at(self.folder, [path for path, _ in found])
-        found, self.classes = label_videos(self.folder, found)
+        found, self.classes = label_videos(self.folder, found, read_list(beside) if beside else ())
         self.labels, self.total = {"class": self.classes}, len({printable(path) for path in counts})
         self.files, self.broken, self.dropped, left_out = [], {}, {}, {}
         for path, label in found:
@@ -422,22 +423,26 @@ def read_list(list_file):
     return [match.groups() if (match := entry.fullmatch(line)) else (line, None) for line in lines]
 
 
-def label_videos(folder, found):
+def label_videos(folder, found, beside=()):
     """([(path, label)], class names in order) of [(path, label or None)]: None becomes the parent folder.
 
     UCF101's trainlist files work as they are: where all labels are numbers that stand one to one for parent
     folders, the folder names are the classes, in the order of the numbers (its classInd.txt).
+    beside: more such pairs, of a list whose labels must be of the same kind.
     """
-    parents = [printable(Path(path).parent.name or folder.resolve().name) for path, _ in found]
-    numbers = [given for _, given in found]
-    pairs = set(zip(numbers, parents))
-    one_to_one = len(pairs) == len(set(numbers)) == len(set(parents))
-    if one_to_one and all(number and number.isdecimal() for number in numbers):
-        names, classes = parents, [parent for _, parent in sorted(pairs, key=lambda pair: int(pair[0]))]
+
+    def parent(path):
+        return printable(Path(path).parent.name or folder.resolve().name)
+
+    pairs = {(given, parent(path)) for path, given in [*found, *beside] if given}
+    numbers, parents = {given for given, _ in pairs}, {name for _, name in pairs}
+    if len(pairs) == len(numbers) == len(parents) and all(map(str.isdecimal, numbers)):
+        place = {name: int(number) for number, name in pairs}
+        found = [(path, parent(path)) for path, _ in found]
     else:
-        names = [printable(given or parent) for given, parent in zip(numbers, parents)]
-        classes = sorted(set(names), key=lambda name: (name.lower(), name))
-    return [(path, name) for (path, _), name in zip(found, names)], tuple(classes)
+        place, found = {}, [(path, printable(given or parent(path))) for path, given in found]
+    order = {name: (place.get(name, math.inf), name.lower(), name) for _, name in found}
+    return found, tuple(sorted(order, key=order.get))
 
 
 def look_at(folder, names):

@@ -215,10 +215,13 @@ def score(x, targets, folds, *, k=20):
     """All scores of features x (n, D): those of probe_accuracy(), k-NN and retrieval by name, [L] each.
 
     targets: (n, L). folds: [(train indices, test indices)]; accuracies are means over them, retrieval is
-    among all their test clips. "all" is one value: the share of test clips with every target right.
+    among all their test clips. "all" is one value: the share of test clips with every target right. k: at most
+    as many neighbours as a class has clips to fit, on average; of more, k-NN would know only the majority.
     """
     found = probe_accuracy(x, targets, folds)
-    near = [(knn(x[train], targets[train], x[test], k=k) == targets[test]).double() for train, test in folds]
+    few = min(k, max(1, min(len(train) for train, _ in folds) // (int(targets.max()) + 1)))
+    parts = [(x[train], targets[train], x[test], targets[test]) for train, test in folds]
+    near = [(knn(*fitted, k=few) == true).double() for *fitted, true in parts]
     found["knn"] = torch.stack([part.mean(dim=0) for part in near]).mean(dim=0).tolist()
     found["all"] = [float(found["correct"].all(axis=0).mean())]
     tested = torch.cat([test for _, test in folds])
@@ -283,11 +286,14 @@ class Run(NamedTuple):
         return self.checkpoint["settings"].get("seed", 0)
 
     @property
-    def recipe(self):
-        """All that seeds of one setting have in common."""
-        mine = {"seed", "out", "resume", "device", "workers", "graph", "data", "list", "decoder_slices"}
-        settings = {key: value for key, value in self.checkpoint["settings"].items() if key not in mine}
-        return settings, *(self.checkpoint.get(key) for key in ("config", "step", "data"))
+    def setting(self):
+        """What runs share that differ only in regime, K and seed: architecture, recipe, data, progress."""
+        of, other = self.checkpoint, {"regime", "blocks", "decoder_values", "seed", "out", "resume", "device"}
+        other |= {"workers", "graph", "data", "list", "decoder_slices"}
+        both = {**of["settings"], **of["config"]}
+        setting = {key: value for key, value in both.items() if key not in other}
+        total = of.get("total") or of["step"] or 1
+        return setting | {"videos": of.get("data"), "progress": of["step"] / total}
 
     @property
     def norm(self):
@@ -315,7 +321,8 @@ def read_runs(paths, blocks=4):
             both = f"{other.title} and {title}"
             if run.model.video != other.model.video:
                 raise ValueError(f"{both} take clips of different sizes; one at a time.")
-            if run.group == other.group and run.recipe != other.recipe:
+            alike = run.setting == other.setting and run.model.config == other.model.config
+            if run.group == other.group and not (alike and run.regime == other.regime):
                 raise ValueError(f"{both} look like seeds of one run but differ; rename one.")
             if run.group == other.group and run.seed == other.seed:
                 raise ValueError(f"{both} look like two seeds but both have {run.seed}; rename one.")
@@ -329,11 +336,11 @@ def read_runs(paths, blocks=4):
 def subjects(runs, before_norm=False):
     """All that is measured: {title: model} of the pixels, of each architecture untrained, and of the runs.
 
-    before_norm: the last block of every network ends before the output LayerNorm.
+    The untrained weights are of seed 0. before_norm: every last block ends before the output LayerNorm.
     """
     untrained, trained = {}, {}
     for run in runs:
-        torch.manual_seed(run.seed)
+        torch.manual_seed(0)
         pair = Blockwise(**run.checkpoint["config"]), copy.deepcopy(run.model)
         for model in pair:
             if before_norm or run.norm is None:
@@ -360,10 +367,11 @@ def open_data(args, run, probed=True):
     elif args.data in ("gratings", "double-gratings"):
         sources = [data.Gratings(double=args.data == "double-gratings", video=video)]
     else:
-        lists = [args.train_list, args.test_list] if args.train_list else [None]
+        lists = [(args.train_list, args.test_list), (args.test_list, args.train_list)]
         rules = {"video": video, "stride": args.stride or settings.get("stride", 4)}
         rules["short"] = args.short or settings.get("short", "drop")
-        sources = [data.Videos(args.data, list_file=name, **rules) for name in lists]
+        lists = lists if args.train_list else lists[:1]  # None, None
+        sources = [data.Videos(args.data, list_file=a, beside=b, **rules) for a, b in lists]
         classes = {name for source in sources for name in source.classes}
         if probed and len(classes) == 1:
             fix = "sort them into folders, name labels in lists, or take probe.py's --features"
@@ -385,8 +393,9 @@ def split(targets, labels, sizes, source):
     folds = [torch.arange(len(targets)).split(sizes)]
     if len(sizes) == 1:
         folds = stratified_folds(targets[:, 0], seed=seed)
+    tested = sum(len(test) for _, test in folds)
     for train, test in folds:
-        if min(len(train), len(test)) == 0:
+        if min(len(train), len(test)) == 0 or tested == 1:
             raise ValueError(f"{len(targets)} clips are too few to fit and to test on; take more.")
         for name, y in zip(labels, targets.T):
             fitted, tested = set(y[train].tolist()), set(y[test].tolist())

@@ -898,6 +898,13 @@ def test_a_list_names_files_with_spaces_and_labels(folder, tmp_path):
         "²",
     )  # no number, and any case
     raises("Cannot read the list", Videos, folder, list_file=tmp_path / "missing.txt")
+    # Labels of a list beside another one are of its kind, also where it alone would stand for folders.
+    mixed = listed(tmp_path, "walk/clip 01.MP4 1", "Run/clip 00.MP4 1", "Run/clip 02.MP4 2", name="mixed.txt")
+    lines, plain = listed(tmp_path, "walk/clip 01.MP4 1", "Run/clip 00.MP4 2"), {"video": (4, 32, 32)}
+    assert Videos(folder, list_file=lines, **plain).classes == ("walk", "Run")
+    assert Videos(folder, list_file=lines, beside=mixed, **plain).classes == ("1", "2")
+    bare = listed(tmp_path, "Run/clip 02.MP4", name="bare.txt")
+    assert Videos(folder, list_file=bare, beside=lines, **plain).classes == ("Run",)
 
 
 def test_short_videos_follow_the_named_rule(folder):
@@ -1165,6 +1172,16 @@ def test_a_finished_run_is_neither_changed_nor_overwritten(finished):
     message = refused(train, "--resume", "--lr", 0.5, "--out", finished)
     assert "was started with --lr 0.001, not 0.5" in message
     assert before == contents(finished)
+
+
+def test_the_end_says_what_the_mean_of_every_tubelet_would_lose(tmp_path, capsys):
+    model, fixed = toy().eval(), batch(toy(), count=2)
+    pixels = math.prod(model.tubelet)
+    for flat in (0, 1, 2):  # clips of one colour
+        fixed[0][:flat] = 7
+        train.show_end(model, fixed, tmp_path / "end.mp4")
+        expected = (1 - flat / 2) * (1 - 1 / pixels)  # the variance is the unbiased one
+        assert f"(predicting the mean of every tubelet gives {expected:.3f};" in capsys.readouterr().out
 
 
 def test_a_folder_of_something_else_is_not_called_a_run(tmp_path):
@@ -1591,6 +1608,12 @@ def test_accuracies_and_neighbours_by_hand():
     assert probe.knn(x, both, queries, k=3).tolist() == [[1, 5], [1, 5]]
 
 
+def test_neighbours_of_few_clips_know_more_than_the_majority():
+    y = torch.arange(18) % 3
+    scores = probe.score(F.one_hot(y).float(), y.unsqueeze(1), probe.stratified_folds(y))
+    assert scores["knn"] == scores["accuracy"] == [1.0]
+
+
 def test_folds_are_a_stratified_partition():
     labels = torch.tensor([0] * 30 + [1] * 7 + [2])
     folds = probe.stratified_folds(labels)
@@ -1793,7 +1816,7 @@ def made_up(regime, profile, rng, difficulty, *, seeds=3, sd=0.005, similarity=0
         results.append(result)
         by_clip.append(clips)
     fresh = regime != "untrained" and made_up("untrained", [0.13] * K, rng, difficulty, seeds=1)
-    return analyze.Group(f"{regime}-{K}", regime, K, {}, results, by_clip, fresh or None)
+    return analyze.Group(f"{regime}-{K}", regime, K, {"depth": 12}, results, by_clip, fresh or None)
 
 
 def verdicts(groups):
@@ -1902,6 +1925,7 @@ def test_claims_follow_the_numbers():
     assert found.pop("C2") == "one seed: cannot tell" and found.pop("C7") == "cannot tell"
     assert set(found.values()) == {"confirmed"}  # by the groups of several seeds
     assert verdicts([e2e._replace(regime="another"), good[0]])["C1"] == "cannot tell"
+    assert verdicts([e2e._replace(setting={"depth": 12, "steps": 9}), good[0]])["C1"] == "cannot tell"
 
 
 def test_student_t_is_the_tables():
@@ -2014,6 +2038,13 @@ def test_wrong_calls_are_refused_before_the_measurements(program, three_runs, tm
         assert "pip install matplotlib" in refused(analyze, *base, "--plot")
 
 
+def test_the_untrained_network_is_the_same_for_all_seeds(three_runs):
+    runs = probe.read_runs([three_runs / "sim-2", three_runs / "sim-2-seed1"])
+    title = runs[0].untrained
+    both = [probe.subjects(order)[title].state_dict() for order in (runs, runs[::-1])]
+    assert not differing(*both)
+
+
 def test_a_run_that_is_not_finished_is_read_and_said_to_be(three_runs, tmp_path, capsys):
     other = shutil.copytree(three_runs / "sim-2", tmp_path / "other")
     probe.read_runs([other])
@@ -2050,6 +2081,7 @@ def test_probe_on_videos_with_lists_and_wrong_calls(three_runs, folder, tmp_path
         ([*videos, *fit[:2]], "go together"),
         ([*base, *fit, test], "say in which folder with --data"),
         ([*videos, *fit, empty], "No videos in"),
+        ([*videos, *fit, listed(tmp_path, FOLDER[13], name="one.txt")], "too few to fit and to test on"),
         ([*base, "--data", folder / "walk", "--stride", 1], "All videos have the class walk"),
     ):
         assert sentence in refused(probe, *arguments)
@@ -2058,12 +2090,30 @@ def test_probe_on_videos_with_lists_and_wrong_calls(three_runs, folder, tmp_path
 def test_analysis_writes_tables_claims_and_figures(three_runs, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     monkeypatch.setattr(probe, "logistic_probe", nearest_mean)
-    runs = [three_runs / name for name in ("e2e-2", "sim-2", "sim-2-seed1")]
+    other = shutil.copytree(three_runs / "e2e-2", tmp_path / "other")
+    checkpoint = load(other)[1]
+    torch.save(checkpoint | {"settings": checkpoint["settings"] | {"lr": 0.5}}, other / "last.pt")
+    runs = [three_runs / "sim-2", three_runs / "sim-2-seed1", other]
     text, _ = run(analyze, *runs, "--clips", 36, "--workers", 0, "--out", tmp_path / "out", "--plot")
-    assert all(f"C{n} " in text for n in range(1, 8)) and "linear CKA of consecutive blocks" in text
+    assert all(f"C{n} " in text for n in range(1, 8)) and "linear CKA with the block before" in text
+    assert "other is not compared with sim-2, which has other lr\n" in text
     found = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert len(found["runs"]["sim-2"]["linear CKA"]) == 2 and found["settings"]["clips"] == 36
     assert len(list((tmp_path / "out").glob("figure*.png"))) == 4
+
+
+def test_tables_stand_in_columns_of_encoder_layers(capsys):
+    settings, names = {"depth": 12}, ("accuracy", "linear CKA")
+    groups = []
+    for K in (2, 4):
+        values = np.arange(1, K + 1) * 12 / K  # the layer itself
+        measured = {"accuracy": values.tolist(), "linear CKA": np.add.outer(values / 100, values).tolist()}
+        groups.append(analyze.Group(f"K{K}", "e2e", K, settings, [measured], []))
+    analyze.print_measurements(groups)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("K")]
+    assert lines[:2] == [["K2", "-", "6.000", "-", "12.000"], ["K4", "3.000", "6.000", "9.000", "12.000"]]
+    assert lines[2:] == [["K2", "-", "-", "-", "12.060"], ["K4", "-", "6.030", "9.060", "12.090"]]
+    assert len(lines) == 2 * len(names)
 
 
 # ---- gardener.py ----

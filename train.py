@@ -726,7 +726,11 @@ def show_end(model, clips, path):
     if losses:
         words = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         print(f"reconstruction loss by block, on {len(clips[0])} fixed clips: {words}")
-        print(f"  (predicting the mean of every tubelet gives 1.0; {path} shows it)")
+        patches = patchify(clips[0], model.tubelet)  # (B, N, P)
+        mean = (
+            normalized_targets(gather_tokens(patches, clips[2]))[0].square().mean()
+        )  # 1 but for flat tubelets
+        print(f"  (predicting the mean of every tubelet gives {mean:.3f}; {path} shows it)")
 
 
 def explain(error, config):
