@@ -1630,7 +1630,8 @@ def test_a_probe_that_can_only_seem_to_measure_is_refused():
     for targets, sizes, sentence in (
         (one, [9], "All clips to fit on have class a"),
         (torch.arange(3).unsqueeze(1), [3], "have no class in common"),
-        (torch.tensor([[0], [1], [2]]), [2, 1], "have no class in common"),
+        (torch.tensor([[0], [1], [2], [2]]), [2, 2], "have no class in common"),
+        (torch.tensor([[0], [1], [1]]), [2, 1], "too few"),
         (one[:2], [2, 0], "too few"),
     ):
         raises(sentence, probe.split, targets, labels, sizes, None)
