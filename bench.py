@@ -80,14 +80,20 @@ def noise(args, model):
     generator = torch.Generator().manual_seed(0)
     shape = (args.batch, *model.video, 3)
     video = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-    masks = tube_mask(args.batch, model.grid, 0.9, generator)
-    return [tensor.to(args.device) for tensor in (video, *masks)]
+    visible, masked = tube_mask(args.batch, model.grid, 0.9, generator)
+    masked = masked[:, : max(1, round(args.decode_ratio * masked.shape[1]))]
+    return [tensor.to(args.device) for tensor in (video, visible, masked)]
+
+
+def shape(args):
+    """Arguments of Blockwise."""
+    return SIZES[args.size] | ({"decoder_depth": args.decoder_depth} if args.decoder_depth else {})
 
 
 def case(args, regime, blocks, slices):
     """(model, its training step as a function without arguments) of one row of the table."""
     torch.manual_seed(0)
-    model = Blockwise(**SIZES[args.size], regime=regime, blocks=blocks).to(args.device).train()
+    model = Blockwise(**shape(args), regime=regime, blocks=blocks).to(args.device).train()
     optimizers = make_optimizers(model, stage=model.stages - 1)  # sequential: its last stage, the dearest
     batch = noise(args, model)
     if args.compile:
@@ -120,15 +126,15 @@ def peer_case(args):
         from transformers import VideoMAEConfig, VideoMAEForPreTraining
     except ImportError:
         raise ValueError("--peer needs transformers; install it with: pip install transformers") from None
-    ours = Blockwise(**SIZES[args.size], regime="e2e")
+    ours = Blockwise(**shape(args), regime="e2e")
     c, (video, _, masked) = ours.config, noise(args, ours)
-    shape = {"tubelet_size": ours.tubelet[0], "patch_size": ours.tubelet[1]}
-    shape |= {"num_frames": ours.video[0], "image_size": ours.video[1]}
+    theirs = {"tubelet_size": ours.tubelet[0], "patch_size": ours.tubelet[1]}
+    theirs |= {"num_frames": ours.video[0], "image_size": ours.video[1]}
     for part in ("", "decoder_"):
         width, heads, depth = (c[f"{part}{name}"] for name in ("width", "heads", "depth"))
-        shape |= {f"{part}hidden_size": width, f"{part}intermediate_size": 4 * width}
-        shape |= {f"{part}num_attention_heads": heads, f"{part}num_hidden_layers": depth}
-    model = VideoMAEForPreTraining(VideoMAEConfig(**shape)).to(args.device).train()
+        theirs |= {f"{part}hidden_size": width, f"{part}intermediate_size": 4 * width}
+        theirs |= {f"{part}num_attention_heads": heads, f"{part}num_hidden_layers": depth}
+    model = VideoMAEForPreTraining(VideoMAEConfig(**theirs)).to(args.device).train()
     mask = torch.zeros(args.batch, math.prod(ours.grid), dtype=torch.bool, device=args.device)
     mask.scatter_(1, masked, True)
     pixels = video.permute(0, 1, 4, 2, 3).float() / 255  # (B, T, C, H, W)
@@ -236,6 +242,9 @@ def main(arguments=None):
         flags.add_argument("--size", choices=SIZES, default="nano", help="model [nano]")
         flags.add_argument("--blocks", type=number(least=1), default=4, help="K [4]")
         flags.add_argument("--batch", type=number(least=1), default=16, help="clips in a step [16]")
+        flags.add_argument("--decoder-depth", type=number(least=1), help="as train.py [of the size]")
+        share = number(float, above=0, most=1)
+        flags.add_argument("--decode-ratio", type=share, default=1.0, help="as train.py [1]")
         flags.add_argument("--slices", type=number(least=1), help="of the batch in a decoder [as train.py]")
         flags.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast [fp32]")
         flags.add_argument("--device", default="auto", help="auto, cpu, cuda [auto]")
@@ -249,6 +258,8 @@ def main(arguments=None):
         args.slices = args.slices or default_slices(args.batch, args.device)
         if args.graph and not args.device.startswith("cuda"):
             raise ValueError("--graph is for an NVIDIA GPU; leave it out.")
+        if args.peer and args.decode_ratio < 1:
+            raise ValueError("Hugging Face's decoder predicts all masked tokens; leave out --decode-ratio.")
         check_output(args.out, folder=True)
         benchmark(args)
 

@@ -2451,6 +2451,18 @@ def test_bench_measures_and_trains_nothing(tmp_path):
     by_blocks = {int(k): v["block by block"] for k, v in found["saved MB by K"].items()}
     assert list(by_blocks) == [1, 2, 3, 4, 6, 12] and by_blocks[12] < by_blocks[1]
     assert row["saved MB"] == pytest.approx(by_blocks[4]) and "simultaneous" in text
+    assert "predicts all masked tokens" in refused(bench, *small, "--peer", "--decode-ratio", 0.5)
+
+
+@with_bench
+def test_bench_counts_a_cheaper_and_a_deeper_decoder():
+    def work(**settings):
+        args = SimpleNamespace(size="nano", batch=2, device="cpu", dtype="fp32", compile=False, graph=False)
+        args.decoder_depth, args.decode_ratio = settings.get("depth"), settings.get("ratio", 1.0)
+        return bench.costs(*bench.case(args, "simultaneous", 4, 1), "cpu")["GFLOP"]
+
+    usual = work()
+    assert work(depth=1) == usual and work(depth=2) > 1.3 * usual and work(ratio=0.25) < 0.45 * usual
 
 
 # ---- pack.py ----
