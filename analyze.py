@@ -557,7 +557,8 @@ def main(arguments=None):
     print_measurements(groups)
     verdicts = claims(groups)
     print("\nThe paper's claims; ± is a 95 % interval over seeds and test clips:")
-    for g, first in itertools.product(groups[1:], groups[:1]):
+    first = groups[0]
+    for g in groups[1:]:
         names = sorted(g.setting.keys() | first.setting.keys())
         if odd := [name for name in names if g.setting.get(name) != first.setting.get(name)]:
             print(f"{g.name} is not compared with {first.name}, which has other {', '.join(odd)}")

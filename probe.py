@@ -289,7 +289,7 @@ class Run(NamedTuple):
     def setting(self):
         """What runs share that differ only in regime, K and seed: architecture, recipe, data, progress."""
         of, other = self.checkpoint, {"regime", "blocks", "decoder_values", "seed", "out", "resume", "device"}
-        other |= {"workers", "graph", "data", "list", "decoder_slices"}
+        other |= {"workers", "graph", "data", "list", "decoder_slices", "frames", "pixels"}  # these in config
         both = {**of["settings"], **of["config"]}
         setting = {key: value for key, value in both.items() if key not in other}
         total = of.get("total") or of["step"] or 1

@@ -726,10 +726,9 @@ def show_end(model, clips, path):
     if losses:
         words = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         print(f"reconstruction loss by block, on {len(clips[0])} fixed clips: {words}")
-        patches = patchify(clips[0], model.tubelet)  # (B, N, P)
-        mean = (
-            normalized_targets(gather_tokens(patches, clips[2]))[0].square().mean()
-        )  # 1 but for flat tubelets
+        video, _, masked = clips
+        target = normalized_targets(gather_tokens(patchify(video, model.tubelet), masked))[0]  # (B, M, P)
+        mean = target.square().mean()  # near 1, but for flat tubelets
         print(f"  (predicting the mean of every tubelet gives {mean:.3f}; {path} shows it)")
 
 
