@@ -268,6 +268,11 @@ class Group(NamedTuple):
     by_clip: list  # of every seed {measurement: (K, test clips)}
     untrained: "Group | None" = None
 
+    @property
+    def layers(self):
+        """Encoder layers that come before each of the K readings."""
+        return [self.setting["depth"] * k // self.K for k in range(1, self.K + 1)]
+
     def values(self, name):
         """(seeds, K) of a measurement."""
         return np.array([result[name] for result in self.results])
@@ -484,10 +489,9 @@ def colour_of(g, groups):
 def draw_lines(axis, groups, name):
     """One measurement against the encoder layers that come before it, so that every K lies on one axis."""
     for g in groups:
-        layers = np.arange(1, g.K + 1) * g.setting["depth"] / g.K
-        draw_band(axis, layers, g.values(name), g.name, colour_of(g, groups))
+        draw_band(axis, g.layers, g.values(name), g.name, colour_of(g, groups))
     axis.set(title=name.replace("accuracy", "linear probe").replace("_", " "), xlabel="encoder layers")
-    axis.set_xticks(range(1, max(g.setting["depth"] for g in groups) + 1))
+    axis.set_xticks(range(1, max(g.layers[-1] for g in groups) + 1))
 
 
 def draw_gains(axis, groups, name):
@@ -576,15 +580,14 @@ def main(arguments=None):
 
 def print_measurements(groups):
     """A table of every measurement; its columns are the encoder layers that come before, as K may differ."""
-    read = {g.name: [g.setting["depth"] * k // g.K for k in range(1, g.K + 1)] for g in groups}
-    layers = sorted(set(itertools.chain(*read.values())))
+    layers = sorted({layer for g in groups for layer in g.layers})
     for name in groups[0].results[0]:
         rows, title = {}, f"{name} with the block before" if "CKA" in name else name
         for g in groups:
             values = list(g.values(name).T)  # of every block (seeds,), of CKA (K, seeds)
             if "CKA" in name:
                 values = [[math.nan], *(values[k][k - 1] for k in range(1, g.K))]
-            of_layer = dict(zip(read[g.name], values))
+            of_layer = dict(zip(g.layers, values))
             rows[g.name] = [of_layer.get(layer, [math.nan]) for layer in layers]
         print_table(title, [f"layer {layer}" for layer in layers], rows)
 

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from blockwise import REGIMES, Blockwise, autocast, make_optimizers, train_step
 from data import Parser, check_output, number, pick_device, program
-from model import SIZES, gather_tokens, normalized_targets, patchify, tube_mask
-from train import Graph, default_slices
+from model import SIZES, gather_tokens, normalized_targets, patchify
+from train import Config, Graph, default_slices, masks_of_step
 
 
 @contextlib.contextmanager
@@ -80,34 +80,34 @@ def noise(args, model):
     generator = torch.Generator().manual_seed(0)
     shape = (args.batch, *model.video, 3)
     video = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-    visible, masked = tube_mask(args.batch, model.grid, 0.9, generator)
-    masked = masked[:, : max(1, round(args.decode_ratio * masked.shape[1]))]
-    return [tensor.to(args.device) for tensor in (video, visible, masked)]
+    return [video.to(args.device), *masks_of_step(settings(args), model, 0)]
 
 
-def shape(args):
-    """Arguments of Blockwise."""
-    return SIZES[args.size] | ({"decoder_depth": args.decoder_depth} if args.decoder_depth else {})
+def settings(args, **more):
+    """train.py's settings of what is timed."""
+    names = ("size", "batch", "device", "decoder_depth", "decode_ratio")
+    return Config(**{name: getattr(args, name) for name in names}, **more)
 
 
 def case(args, regime, blocks, slices):
     """(model, its training step as a function without arguments) of one row of the table."""
     torch.manual_seed(0)
-    model = Blockwise(**shape(args), regime=regime, blocks=blocks).to(args.device).train()
+    shape = settings(args, regime=regime, blocks=blocks).model_arguments()
+    model = Blockwise(**shape).to(args.device).train()
     optimizers = make_optimizers(model, stage=model.stages - 1)  # sequential: its last stage, the dearest
     batch = noise(args, model)
     if args.compile:
         for part in [*model.blocks.values(), *model.decoders.values()]:
             part.compile()
 
-    settings = {"dtype": precision(args), "slices": slices}
+    how = {"dtype": precision(args), "slices": slices}
 
     def step():
-        train_step(model, optimizers, *batch, **settings)
+        train_step(model, optimizers, *batch, **how)
 
     step.learning, step.timed = learning(optimizers), step
     if args.graph:
-        graph = Graph(model, optimizers, **settings)
+        graph = Graph(model, optimizers, **how)
         for _ in range(4):  # the fourth is recorded
             graph.step(*batch)
         step.timed = lambda: graph.step(*batch)
@@ -126,7 +126,7 @@ def peer_case(args):
         from transformers import VideoMAEConfig, VideoMAEForPreTraining
     except ImportError:
         raise ValueError("--peer needs transformers; install it with: pip install transformers") from None
-    ours = Blockwise(**shape(args), regime="e2e")
+    ours = Blockwise(**settings(args, regime="e2e").model_arguments())
     c, (video, _, masked) = ours.config, noise(args, ours)
     theirs = {"tubelet_size": ours.tubelet[0], "patch_size": ours.tubelet[1]}
     theirs |= {"num_frames": ours.video[0], "image_size": ours.video[1]}

@@ -367,11 +367,11 @@ def open_data(args, run, probed=True):
     elif args.data in ("gratings", "double-gratings"):
         sources = [data.Gratings(double=args.data == "double-gratings", video=video)]
     else:
-        lists = [(args.train_list, args.test_list), (args.test_list, args.train_list)]
+        both = args.train_list, args.test_list
         rules = {"video": video, "stride": args.stride or settings.get("stride", 4)}
         rules["short"] = args.short or settings.get("short", "drop")
-        lists = lists if args.train_list else lists[:1]  # None, None
-        sources = [data.Videos(args.data, list_file=a, beside=b, **rules) for a, b in lists]
+        pairs = [both, both[::-1]] if args.train_list else [both]  # of which there is none
+        sources = [data.Videos(args.data, list_file=a, beside=b, **rules) for a, b in pairs]
         classes = {name for source in sources for name in source.classes}
         if probed and len(classes) == 1:
             fix = "sort them into folders, name labels in lists, or take probe.py's --features"
@@ -393,9 +393,9 @@ def split(targets, labels, sizes, source):
     folds = [torch.arange(len(targets)).split(sizes)]
     if len(sizes) == 1:
         folds = stratified_folds(targets[:, 0], seed=seed)
-    tested = sum(len(test) for _, test in folds)
+    one = sum(len(test) for _, test in folds) == 1  # which has nothing to be retrieved
     for train, test in folds:
-        if min(len(train), len(test)) == 0 or tested == 1:
+        if min(len(train), len(test)) == 0 or one:
             raise ValueError(f"{len(targets)} clips are too few to fit and to test on; take more.")
         for name, y in zip(labels, targets.T):
             fitted, tested = set(y[train].tolist()), set(y[test].tolist())
