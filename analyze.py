@@ -350,14 +350,16 @@ def decide(parts):
     what training gains taken as known. Parts of one seed decide nothing.
     """
     several = [part for part in parts if not math.isnan(part[0].freedom) or math.isnan(part[0].value)]
-    if parts and not several:
+    if not parts:
+        return "nothing to compare"
+    if not several:
         return "one seed: cannot tell"
     inside, outside = [], []
     for found, low, high, _ in several:
         margin, wider = found.margin(), found.margin(0.05 / len(several))
         inside.append(low <= found.value - margin and found.value + margin <= high)
         outside.append(found.value + wider < low or found.value - wider > high)
-    if inside and all(inside):
+    if all(inside):
         return "confirmed"
     return "refuted" if any(outside) else "cannot tell"
 
@@ -541,7 +543,9 @@ def plot(groups, folder):
 def flags():
     """The command line of this script."""
     found = parser(__doc__)
-    found.add_argument("--out", default="analysis", help="folder of analysis.json and figures [analysis]")
+    found.add_argument(
+        "--out", default="runs/analysis", help="folder of analysis.json and figures [runs/analysis]"
+    )
     found.add_argument("--plot", action="store_true", help="draw the figures")
     return found
 
@@ -568,14 +572,19 @@ def main(arguments=None):
             print(f"{g.name} is not compared with {first.name}, which has other {', '.join(odd)}")
     for claim, (answer, numbers) in verdicts.items():
         print(f"{claim}: {answer}")
-        for words in numbers or ["no runs or no targets to compare"]:
+        for words in numbers:
             print(f"    {words}")
     found = {"settings": vars(args), "runs": results, "claims": verdicts}
-    (folder / "analysis.json").write_text(json.dumps(found, indent=1).replace("NaN", "null") + "\n")
+    (folder / "analysis.json").write_text(to_json(found))
     print(f"\n{folder}/analysis.json")
     if args.plot:
         plot(groups, folder)
         print(f"{folder}/figure2_probe.png to figure5_tokens.png")
+
+
+def to_json(found):
+    """The text of a JSON file; nan, which JSON does not know, becomes null."""
+    return json.dumps(json.loads(json.dumps(found), parse_constant=lambda _: None), indent=1) + "\n"
 
 
 def print_measurements(groups):

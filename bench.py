@@ -205,8 +205,9 @@ def benchmark(args):
     else:
         if args.slices > 1:
             cases["e2e, decoder at once"] = case(args, "e2e", args.blocks, 1)
-        for regime in REGIMES:
-            cases[regime] = case(args, regime, args.blocks, args.slices)
+        for regime, how in REGIMES.items():
+            title = f"{regime}, last stage" if how.staged else regime
+            cases[title] = case(args, regime, args.blocks, args.slices)
     a = torch.randn(2048, 2048, device=args.device, dtype=precision(args) or torch.float32)
     steps = {name: step.timed for name, (_, step) in cases.items()} | {"product": lambda: a @ a}
     seconds = time_in_turn(steps, args.rounds, args.device)

@@ -419,8 +419,12 @@ def read_list(list_file):
     if "\0" in text:
         raise ValueError(f"Cannot read the list {list_file}: it is no text in UTF-8; save it as such.")
     entry = re.compile(rf"(.*\.(?:{EXTENSIONS}))(?:\s+(.*))?", re.IGNORECASE)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return [match.groups() if (match := entry.fullmatch(line)) else (line, None) for line in lines]
+    lines = dict.fromkeys(line.strip() for line in text.splitlines() if line.strip())  # each once
+    found = [match.groups() if (match := entry.fullmatch(line)) else (line, None) for line in lines]
+    if len(labels := dict(found)) < len(found):
+        several = next(path for path, label in found if label != labels[path])
+        raise ValueError(f"{list_file} names {printable(several)} with several labels; keep one of them.")
+    return found
 
 
 def label_videos(folder, found, beside=()):

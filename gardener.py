@@ -12,7 +12,6 @@ Shapes: B batch, N tokens, P values in one tubelet, D width.
 
 import copy
 import functools
-import json
 import math
 import re
 from collections import defaultdict
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from analyze import draw_band, pyplot, save_figure
+from analyze import draw_band, pyplot, save_figure, to_json
 from blockwise import read_checkpoint, unwrap
 from data import check_output, pick_device, program
 from model import patchify
@@ -217,18 +216,19 @@ def main(arguments=None):
     add = flags.add_argument
     add("--prune", action="store_true", help="probe with layers removed, in several orders")
     add("--pattern", help="without --prune: regular expression of the weights' keys, {} = layer")
-    add("--out", default="analysis", help="folder for prune.json [analysis]")
-    add("--plot", action="store_true", help="with --prune: draw figure_prune.png")
+    add("--out", default="runs/analysis", help="folder for prune.json [runs/analysis]")
+    add("--plot", action="store_true", help="draw figure_prune.png")
     args = flags.parse_args(arguments)
     if args.prune and args.pattern:
         raise ValueError("--pattern is for checkpoints of other programs, which --prune cannot probe.")
-    if args.plot and not args.prune:
-        raise ValueError("--plot draws what --prune measures; give both.")
     if args.prune:
         print_pruning(args)
-    else:
-        for path in args.runs:
-            print_entropies(path, args.pattern)
+        return
+    for name, value in vars(args).items():
+        if name not in ("runs", "pattern") and value != flags.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} is for --prune; give both, or leave it out.")
+    for path in args.runs:
+        print_entropies(path, args.pattern)
 
 
 def print_entropies(path, pattern):
@@ -266,7 +266,7 @@ def print_pruning(args):
         columns = [*(f"n = {size}" for size in result["removed"]), "Spearman"]
         print_table("linear probe without n layers", columns, rows)
         print(f"Two standard errors over the test clips, n = 0: {result['two standard errors']:.3f}")
-    (folder / "prune.json").write_text(json.dumps(results, indent=1).replace("NaN", "null") + "\n")
+    (folder / "prune.json").write_text(to_json(results))
     print(f"\n{folder}/prune.json")
     if args.plot:
         panels = [functools.partial(draw_pruning, title=t, result=result) for t, result in results.items()]

@@ -253,7 +253,7 @@ def parser(description):
     flags, workers = data.Parser(description), max(1, torch.get_num_threads() // 2)
     add, count, most = flags.add_argument, data.number(least=1, most=10**6), data.number(least=0, most=1000)
     add("runs", nargs="+", metavar="RUN", help="run folder of train.py, or a checkpoint of VideoMAE")
-    add("--blocks", type=count, default=4, help="K that a checkpoint of VideoMAE is cut into [4]")
+    add("--blocks", type=count, help="K that a checkpoint of VideoMAE is cut into [4]")
     add("--data", help="folder of videos, gratings, or double-gratings [generated moving scenes]")
     add("--train-list", help="videos to fit on, as train.py --list [3 folds, of neighbours by name]")
     add("--test-list", help="videos to test on")
@@ -309,12 +309,15 @@ class Run(NamedTuple):
         return f"untrained, {config['width']} wide, {tubelet}, K = {config['blocks']}{bare}"
 
 
-def read_runs(paths, blocks=4):
-    """Runs from their folders. ValueError where they cannot be looked at together."""
+def read_runs(paths, blocks=None):
+    """Runs from their folders. ValueError where they cannot be looked at together.
+
+    blocks: K that a VideoMAE is cut into, 4 if None; a run has its own.
+    """
     runs = []
     for path in map(Path, paths):
         title = path.resolve().parent.name if path.name == "last.pt" else path.resolve().name
-        run = Run(title, re.sub(r"-seed\d+$", "", title), *load(path, blocks=blocks))
+        run = Run(title, re.sub(r"-seed\d+$", "", title), *load(path, blocks=blocks or 4))
         for other in runs:
             if title == other.title:
                 raise ValueError(f"Two runs are called {title}; rename one of the folders.")
@@ -330,6 +333,8 @@ def read_runs(paths, blocks=4):
         if step < total:
             tqdm.write(f"{title} is not finished: step {step} of {total}")
         runs.append(run)
+    if blocks and all("model" in run.checkpoint for run in runs):
+        raise ValueError("--blocks cuts a VideoMAE; the K of a run was chosen in training. Leave it out.")
     return runs
 
 
@@ -372,6 +377,10 @@ def open_data(args, run, probed=True):
         rules["short"] = args.short or settings.get("short", "drop")
         pairs = [both, both[::-1]] if args.train_list else [both]  # of which there is none
         sources = [data.Videos(args.data, list_file=a, beside=b, **rules) for a, b in pairs]
+        shared = set.intersection(*({path for path, _ in source.files} for source in sources))
+        if args.train_list and probed and shared:
+            example = data.printable(min(shared))
+            raise ValueError(f"{len(shared)} videos are in both lists, as {example}; test on other ones.")
         classes = {name for source in sources for name in source.classes}
         if probed and len(classes) == 1:
             fix = "sort them into folders, name labels in lists, or take probe.py's --features"
@@ -464,18 +473,18 @@ def main(arguments=None):
     print(f"{args.data or 'moving scenes'}: {clips}, folds: {len(folds)}")
     right = [targets[test] == targets[train].mode(dim=0).values for train, test in folds]  # [(m, L)]
     chance = torch.stack([part.double().mean(dim=0) for part in right]).mean(dim=0).tolist()
-    rows = {"chance": [[np.mean(chance)], *([value] for value in chance)]}
-    for row, seeds in scores.items():
-        rows[row] = [[np.mean(s["accuracy"]) for s in seeds], *zip(*(s["accuracy"] for s in seeds))]
-    print_table("linear probe, test accuracy", ["mean", *labels], rows)
     names = ["accuracy", "balanced", "train", "knn", "mAP", "top1", "top5", "top10"]
     if len(labels) > 1:
-        names.append("all")
-        rows = {row: [[np.mean(s[name]) for s in seeds] for name in names] for row, seeds in scores.items()}
-        print_table("mean of targets (all: every one right)", names, rows)
-        names.remove("all")
-    rows = {row: [[s[name][0] for s in seeds] for name in names] for row, seeds in scores.items()}
-    print_table(f"{next(iter(labels))} alone", names, rows)
+        rows = {"chance": [[np.mean(chance)], *([value] for value in chance)]}
+        for row, seeds in scores.items():
+            rows[row] = [[np.mean(s["accuracy"]) for s in seeds], *zip(*(s["accuracy"] for s in seeds))]
+        print_table("linear probe, test accuracy", ["mean", *labels], rows)
+        every = [*names, "all"]
+        rows = {row: [[np.mean(s[name]) for s in seeds] for name in every] for row, seeds in scores.items()}
+        print_table("mean of targets (all: every one right)", every, rows)
+    rows = {"chance": [[chance[0]], *[[np.nan]] * (len(names) - 1)]}
+    rows |= {row: [[s[name][0] for s in seeds] for name in names] for row, seeds in scores.items()}
+    print_table(f"{next(iter(labels))}: linear probe, k-NN, retrieval", names, rows)
 
 
 def write_features(path, features, targets, names, labels):

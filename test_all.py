@@ -884,8 +884,9 @@ def test_a_folder_gives_its_videos_with_parent_folders_as_labels(folder):
 
 
 def test_a_list_names_files_with_spaces_and_labels(folder, tmp_path):
-    lines = listed(tmp_path, "walk/clip 01.MP4 fast walk\n", "Run/clip 00.MP4")
+    lines = listed(tmp_path, "walk/clip 01.MP4 fast walk\n", "Run/clip 00.MP4", "walk/clip 01.MP4 fast walk")
     videos = Videos(folder, list_file=lines, video=(4, 32, 32))
+    assert len(videos) == videos.total == 2  # each line counts once
     assert videos.files == [("walk/clip 01.MP4", "fast walk"), ("Run/clip 00.MP4", "Run")]
     lines = listed(tmp_path, "walk/clip 01.MP4 1", "walk/clip 03.MP4 1", "Run/clip 00.MP4 2")
     videos = Videos(folder, list_file=lines, video=(4, 32, 32))
@@ -898,6 +899,8 @@ def test_a_list_names_files_with_spaces_and_labels(folder, tmp_path):
         "²",
     )  # no number, and any case
     raises("Cannot read the list", Videos, folder, list_file=tmp_path / "missing.txt")
+    lines = listed(tmp_path, "walk/clip 01.MP4 1", "walk/clip 01.MP4 2")
+    raises("clip 01.MP4 with several labels", Videos, folder, list_file=lines)
     # Labels of a list beside another one are of its kind, also where it alone would stand for folders.
     mixed = listed(tmp_path, "walk/clip 01.MP4 1", "Run/clip 00.MP4 1", "Run/clip 02.MP4 2", name="mixed.txt")
     lines, plain = listed(tmp_path, "walk/clip 01.MP4 1", "Run/clip 00.MP4 2"), {"video": (4, 32, 32)}
@@ -1827,9 +1830,10 @@ def verdicts(groups):
 def shares(draw, draws=150):
     """How often each claim is confirmed and refuted; draw(rng, difficulty) gives the groups."""
     rng, counts = np.random.default_rng(0), {}
+    answers = ("confirmed", "refuted", "cannot tell", "nothing to compare")
     for _ in range(draws):
         for claim, answer in verdicts(draw(rng, rng.standard_normal(1100))).items():
-            of = counts.setdefault(claim, {"confirmed": 0.0, "refuted": 0.0, "cannot tell": 0.0})
+            of = counts.setdefault(claim, dict.fromkeys(answers, 0.0))
             of[answer] += 1 / draws
     return counts
 
@@ -1900,10 +1904,10 @@ def test_claims_follow_the_numbers():
     e2e = group("e2e", [0.3, 0.4, 0.5, 0.55], similarity=0.2, drop=0.3)
     good = [group(regime, rises, **mixed) for regime in ("simultaneous", "sequential")]
     found = verdicts([e2e, *good])
-    assert found.pop("C7") == "cannot tell" and set(found.values()) == {"confirmed"}  # C7: one K only
+    assert found.pop("C7") == "nothing to compare" and set(found.values()) == {"confirmed"}  # C7: one K only
     bad = group("simultaneous", [0.2, 0.2, 0.2, 0.4], similarity=0.1, drop=0.1, cka=0.5)
     found = verdicts([e2e, bad])
-    assert found.pop("C2") == found.pop("C7") == "cannot tell" and set(found.values()) == {"refuted"}
+    assert found.pop("C2") == found.pop("C7") == "nothing to compare" and set(found.values()) == {"refuted"}
     assert verdicts([bad, good[1]])["C2"] == "refuted"
     falls = group("simultaneous", [0.4, 0.5, 0.7, 0.55])
     assert verdicts([falls])["C4"] == "refuted"  # a last block that loses much is not saturated
@@ -1923,10 +1927,10 @@ def test_claims_follow_the_numbers():
     found = verdicts([e2e, made_up("simultaneous", rises, rng, difficulty, seeds=1)])
     assert {found[claim] for claim in ("C1", "C3", "C4", "C5", "C6")} == {"one seed: cannot tell"}
     found = verdicts([e2e, good[0], made_up("sequential", [0.2] * 4, rng, difficulty, seeds=1, cka=0.5)])
-    assert found.pop("C2") == "one seed: cannot tell" and found.pop("C7") == "cannot tell"
+    assert found.pop("C2") == "one seed: cannot tell" and found.pop("C7") == "nothing to compare"
     assert set(found.values()) == {"confirmed"}  # by the groups of several seeds
-    assert verdicts([e2e._replace(regime="another"), good[0]])["C1"] == "cannot tell"
-    assert verdicts([e2e._replace(setting={"depth": 12, "steps": 9}), good[0]])["C1"] == "cannot tell"
+    assert verdicts([e2e._replace(regime="another"), good[0]])["C1"] == "nothing to compare"
+    assert verdicts([e2e._replace(setting={"depth": 12, "steps": 9}), good[0]])["C1"] == "nothing to compare"
 
 
 def test_student_t_is_the_tables():
@@ -1993,7 +1997,7 @@ def test_probe_prints_runs_baselines_and_seeds(three_runs, monkeypatch):
     for row in (*rows, "e2e-2 block2", "sim-2 block2 .*±"):
         assert re.search(f"^{row}", text, re.MULTILINE), row
     assert not re.search("^e2e-2 block2 .*±", text, re.MULTILINE)  # one seed
-    for word in (*Scenes().labels, "balanced", "knn", "all", "mAP", "top10", "colour alone"):
+    for word in (*Scenes().labels, "balanced", "knn", "all", "mAP", "top10", "colour: linear"):
         assert word in text
 
 
@@ -2082,6 +2086,8 @@ def test_probe_on_videos_with_lists_and_wrong_calls(three_runs, folder, tmp_path
         ([*videos, *fit[:2]], "go together"),
         ([*base, *fit, test], "say in which folder with --data"),
         ([*videos, *fit, empty], "No videos in"),
+        ([*videos, *fit, fit[1]], "13 videos are in both lists"),
+        ([*base, "--blocks", 3], "cuts a VideoMAE"),
         ([*videos, *fit, listed(tmp_path, FOLDER[13], name="one.txt")], "too few to fit and to test on"),
         ([*base, "--data", folder / "walk", "--stride", 1], "All videos have the class walk"),
     ):
@@ -2101,6 +2107,7 @@ def test_analysis_writes_tables_claims_and_figures(three_runs, tmp_path, monkeyp
     found = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert len(found["runs"]["sim-2"]["linear CKA"]) == 2 and found["settings"]["clips"] == 36
     assert len(list((tmp_path / "out").glob("figure*.png"))) == 4
+    assert json.loads(analyze.to_json({"NaNcy": [math.nan, 0.1]})) == {"NaNcy": [None, 0.1]}
 
 
 def test_tables_stand_in_columns_of_encoder_layers(capsys):
@@ -2207,6 +2214,7 @@ def test_gardener_refuses_wrong_calls_and_runs_no_code(three_runs, tmp_path):
         ([tmp_path / "code.pt"], "not read"),
         ([tmp_path / "empty.pt"], "no state_dict"),
         ([sim, "--plot"], "give both"),
+        ([sim, "--clips", 9], "--clips is for --prune"),
         ([sim, "--prune", "--pattern", "a{}"], "cannot probe"),
         ([sim, "--prune", "--out", file], "cannot be written"),
         ([sim, "--prune", "--device", "tpu"], "does not work here"),
@@ -2445,7 +2453,7 @@ def test_bench_measures_and_trains_nothing(tmp_path):
     small = ["--batch", 2, "--rounds", 1, "--device", "cpu", "--slices", 1, "--out", tmp_path]
     text, _ = run(bench, *small)
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert os.listdir(tmp_path) == ["bench.json"] and set(REGIMES) <= set(found["steps"])
+    assert os.listdir(tmp_path) == ["bench.json"] and {"sequential, last stage", "e2e"} <= set(found["steps"])
     row = found["steps"]["simultaneous"]
     assert row["clips/s"] == pytest.approx(2 / row["ms"] * 1e3) and row["GFLOP"] > 0
     by_blocks = {int(k): v["block by block"] for k, v in found["saved MB by K"].items()}
