@@ -347,7 +347,7 @@ def decide(parts):
 
     Confirmed if every 95 % interval lies inside. Refuted if one lies outside as a whole, of intervals so wide
     that all hold at the same time with 95 % (Bonferroni). So either is wrong in at most 5 % of cases,
-    what training gains taken as known. Parts of one seed decide nothing.
+    what training gains taken as known. Parts of one seed decide nothing, and no parts are nothing to compare.
     """
     several = [part for part in parts if not math.isnan(part[0].freedom) or math.isnan(part[0].value)]
     if not parts:

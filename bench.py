@@ -100,14 +100,14 @@ def case(args, regime, blocks, slices):
         for part in [*model.blocks.values(), *model.decoders.values()]:
             part.compile()
 
-    how = {"dtype": precision(args), "slices": slices}
+    options = {"dtype": precision(args), "slices": slices}
 
     def step():
-        train_step(model, optimizers, *batch, **how)
+        train_step(model, optimizers, *batch, **options)
 
     step.learning, step.timed = learning(optimizers), step
     if args.graph:
-        graph = Graph(model, optimizers, **how)
+        graph = Graph(model, optimizers, **options)
         for _ in range(4):  # the fourth is recorded
             graph.step(*batch)
         step.timed = lambda: graph.step(*batch)
@@ -205,9 +205,9 @@ def benchmark(args):
     else:
         if args.slices > 1:
             cases["e2e, decoder at once"] = case(args, "e2e", args.blocks, 1)
-        for regime, how in REGIMES.items():
-            title = f"{regime}, last stage" if how.staged else regime
-            cases[title] = case(args, regime, args.blocks, args.slices)
+        for name, regime in REGIMES.items():
+            title = f"{name}, last stage" if regime.staged else name
+            cases[title] = case(args, name, args.blocks, args.slices)
     a = torch.randn(2048, 2048, device=args.device, dtype=precision(args) or torch.float32)
     steps = {name: step.timed for name, (_, step) in cases.items()} | {"product": lambda: a @ a}
     seconds = time_in_turn(steps, args.rounds, args.device)

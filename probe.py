@@ -333,7 +333,7 @@ def read_runs(paths, blocks=None):
         if step < total:
             tqdm.write(f"{title} is not finished: step {step} of {total}")
         runs.append(run)
-    if blocks and all("model" in run.checkpoint for run in runs):
+    if blocks and all("model" in run.checkpoint for run in runs):  # which that of a VideoMAE does not hold
         raise ValueError("--blocks cuts a VideoMAE; the K of a run was chosen in training. Leave it out.")
     return runs
 
@@ -482,7 +482,7 @@ def main(arguments=None):
         every = [*names, "all"]
         rows = {row: [[np.mean(s[name]) for s in seeds] for name in every] for row, seeds in scores.items()}
         print_table("mean of targets (all: every one right)", every, rows)
-    rows = {"chance": [[chance[0]], *[[np.nan]] * (len(names) - 1)]}
+    rows = {"chance": [[chance[0]], *([np.nan] for _ in names[1:])]}
     rows |= {row: [[s[name][0] for s in seeds] for name in names] for row, seeds in scores.items()}
     print_table(f"{next(iter(labels))}: linear probe, k-NN, retrieval", names, rows)
 
