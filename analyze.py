@@ -44,7 +44,7 @@ def rbf_cka(x, y):
     """CKA with Gaussian kernels exp(-gamma * distance^2), gamma = 1 / (2 * median distance^2) (Sec. 4).
 
     x (n, D), y (n, E): the same n clips. The median is over pairs of different clips, the lower one of two.
-    Returns 0..1; nan if more than half of the pairs are equal. In float64; takes three n x n matrices.
+    Returns 0..1; nan if half of the pairs or more are equal. In float64; takes three n x n matrices.
     """
 
     def kernel(a):
@@ -174,7 +174,7 @@ def measure(args, runs, sources):
     Returns {title: {measurement: [value by block]}} and {title: {measurement: (K, test clips)}}.
     """
     models, options = subjects(runs, args.before_norm), (args.batch, args.workers, args.device)
-    del models["pixels"]
+    models.pop("raw pixels:")
     # Differs from paper: the patch is a tubelet's, which is 16 x 16 as there in its sizes, but 8 x 8 in nano.
     # Blank is 0, which in gratings (-1..1) is mid-grey.
     halves, blank = args.data == "double-gratings", 128 if args.data in ("gratings", "double-gratings") else 0

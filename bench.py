@@ -259,8 +259,10 @@ def main(arguments=None):
         args.slices = args.slices or default_slices(args.batch, args.device)
         if args.graph and not args.device.startswith("cuda"):
             raise ValueError("--graph is for an NVIDIA GPU; leave it out.")
-        if args.peer and args.decode_ratio < 1:
-            raise ValueError("Hugging Face's decoder predicts all masked tokens; leave out --decode-ratio.")
+        if args.peer and (args.decode_ratio < 1 or args.compile or args.graph):
+            raise ValueError(
+                "--peer takes that model as it is; leave out --decode-ratio, --compile, --graph."
+            )
         check_output(args.out, folder=True)
         benchmark(args)
 

@@ -322,7 +322,7 @@ def save(path, model, optimizers, *, step, settings, data="", total=0):
         raise OSError(f"{path} cannot be written ({(error.__context__ or error)!s:.200})") from error
 
 
-def load(path, device="cpu", *, blocks=4):
+def load(path, *, blocks=4):
     """Read a run: (model in eval mode, checkpoint). path: a run folder, whose last.pt is read, or a checkpoint.
 
     The checkpoint's other entries are as given to save(). A published VideoMAE is read as well, and cut into
@@ -331,12 +331,15 @@ def load(path, device="cpu", *, blocks=4):
     path, checkpoint = read_checkpoint(path)
     try:
         if "config" not in checkpoint:
-            return load_videomae(path, checkpoint, blocks=blocks, device=device)
-        model = Blockwise(**checkpoint["config"]).to(device)
+            return load_videomae(path, checkpoint, blocks=blocks)
+        model = Blockwise(**checkpoint["config"])
         model.load_state_dict(checkpoint["model"])
     except (LookupError, TypeError, RuntimeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a checkpoint that fits, or is damaged: {summary(error)}") from None
     return model.eval(), checkpoint
+
+
+CHECKPOINTS = ("last.pt", "model.safetensors", "pytorch_model.bin")  # names of these files in a folder
 
 
 def read_checkpoint(path):
@@ -344,8 +347,7 @@ def read_checkpoint(path):
 
     path: a file, or a folder of train.py or Hugging Face. Raises ValueError with the reason.
     """
-    names = ("last.pt", "model.safetensors", "pytorch_model.bin")
-    files = [Path(path) / name for name in names] if Path(path).is_dir() else [Path(path)]
+    files = [Path(path) / name for name in CHECKPOINTS] if Path(path).is_dir() else [Path(path)]
     path = next((file for file in files if file.is_file()), None)
     if path is None:
         raise ValueError(f"There is no checkpoint {files[0]}; name a folder that train.py has written.")
@@ -407,7 +409,7 @@ RENAMED = (
 CLASSIFIER = ("fc_norm.", "head.", "classifier.")
 
 
-def load_videomae(path, state, *, blocks=4, device="cpu"):
+def load_videomae(path, state, *, blocks=4):
     """A VideoMAE in e2e form, its encoder cut into blocks: (model in eval mode, checkpoint as of save()).
 
     state: what was read from the file `path`. Sizes are those of its tensors; what these do not tell comes from
@@ -454,7 +456,7 @@ def load_videomae(path, state, *, blocks=4, device="cpu"):
         which = f"without {', '.join(missing[:9])}; not known: {', '.join(unexpected[:9])}"
         raise ValueError(f"no VideoMAE: {which}")
     settings = {"regime": "e2e", "seed": 0}
-    return model.to(device).eval(), {"config": config, "settings": settings, "step": 0}
+    return model.eval(), {"config": config, "settings": settings, "step": 0}
 
 
 def join_qkv(state):

@@ -318,13 +318,14 @@ class Videos:
         self.folder, self.video, self.stride, self.short = Path(folder), tuple(video), stride, short
         if not os.path.isdir(folder):
             raise ValueError(f"{str(folder)!r} is not a folder; --data wants the folder your videos are in.")
-        found = read_list(list_file) if list_file else [(path, None) for path in walk(folder)]
+        found = read_list(list_file, folder) if list_file else [(path, None) for path in walk(folder)]
         if not found:
             looked = EXTENSIONS.replace("|", " ")
             raise ValueError(f"No videos in {list_file or folder} (looked for {looked}).")
         counts = look_at(self.folder, [path for path, _ in found])
-        found, self.classes = label_videos(self.folder, found, read_list(beside) if beside else ())
-        self.labels, self.total = {"class": self.classes}, len({printable(path) for path in counts})
+        beside = read_list(beside, folder) if beside else ()
+        found, classes = label_videos(self.folder, found, beside)
+        self.total = len({printable(path) for path in counts})
         self.files, self.broken, self.dropped, left_out = [], {}, {}, {}
         for path, label in found:
             count = counts[path]
@@ -333,6 +334,9 @@ class Videos:
             else:
                 left_out[printable(path)] = count
         self.check_broken(left_out)
+        kept = {label for _, label in self.files}
+        self.classes = tuple(label for label in classes if label in kept)
+        self.labels = {"class": self.classes}
         # Names the videos and their order: a run can only be resumed on the same ones.
         paths = "\n".join(path for path, _ in self.files)
         self.fingerprint = hashlib.sha256(paths.encode("utf-8", "surrogatepass")).hexdigest()
@@ -410,8 +414,8 @@ def walk(folder):
     return [path.as_posix() for path in sorted(found)]
 
 
-def read_list(list_file):
-    """[(path, label or None)] of a list file, `path [label]` per line."""
+def read_list(list_file, folder):
+    """[(path relative to folder, label or None)] of a list file, `path [label]` per line; each video once."""
     try:
         text = Path(list_file).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
@@ -419,12 +423,14 @@ def read_list(list_file):
     if "\0" in text:
         raise ValueError(f"Cannot read the list {list_file}: it is no text in UTF-8; save it as such.")
     entry = re.compile(rf"(.*\.(?:{EXTENSIONS}))(?:\s+(.*))?", re.IGNORECASE)
-    lines = dict.fromkeys(line.strip() for line in text.splitlines() if line.strip())  # each once
-    found = [match.groups() if (match := entry.fullmatch(line)) else (line, None) for line in lines]
-    if len(labels := dict(found)) < len(found):
-        several = next(path for path, label in found if label != labels[path])
-        raise ValueError(f"{list_file} names {printable(several)} with several labels; keep one of them.")
-    return found
+    root, found = Path(os.path.abspath(folder)), {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        name, label = match.groups() if (match := entry.fullmatch(line)) else (line, None)
+        path = Path(name)  # in one spelling: no ./ and no //
+        path = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+        if found.setdefault(path, label) != label:
+            raise ValueError(f"{list_file} names {printable(path)} with several labels; keep one of them.")
+    return list(found.items())
 
 
 def label_videos(folder, found, beside=()):

@@ -60,12 +60,16 @@ def layer_weights(state, pattern=None):
         raise ValueError(f"--pattern {pattern} lacks {{}}, which stands for the number of the layer.")
     for one in [pattern] if pattern else WEIGHTS.values():
         try:
-            numbered, found = re.compile(one.replace("{}", r"(\d+)")), defaultdict(list)
+            first, *rest = one.split("{}")
+            rest = [
+                rf"(?P<n{i}>\d+){part}" for i, part in enumerate(rest)
+            ]  # by name: others may be its groups
+            numbered, found = re.compile(first + "".join(rest)), defaultdict(list)
         except re.error as error:
             raise ValueError(f"--pattern {pattern} is not a regular expression: {error}.") from None
         for key, value in state.items():
             if match := numbered.fullmatch(key):
-                found[tuple(int(part) for part in match.groups() if part and part.isdigit())].append(value)
+                found[tuple(int(part) for part in match.groupdict().values() if part)].append(value)
         if found:
             return dict(sorted(found.items()))
     some = ", ".join(key for key in state if key.endswith("weight"))[:400]
@@ -246,7 +250,8 @@ def print_entropies(path, pattern):
 
 def layer_title(numbers):
     """Name of a layer by the numbers in its keys."""
-    return "layer {}".format(*numbers) if len(numbers) == 1 else "block{} layers.{}".format(*numbers)
+    first, *rest = numbers
+    return f"block{first} layers.{'.'.join(map(str, rest))}" if rest else f"layer {first}"
 
 
 def print_pruning(args):

@@ -42,11 +42,8 @@ def layerlock_step(
     else:
         wanted = normalized_targets(gather_tokens(patches, masked))[0]  # (B, M, P)
     h = gather_tokens(patches, visible)  # (B, V, P)
-    with torch.no_grad(), autocast(h, dtype):
-        for name in names[:frozen]:
-            h = model.blocks[name](h, visible)  # (B, V, D)
-    with autocast(h, dtype):
-        for name in names[frozen:]:
+    for k, name in enumerate(names):
+        with torch.set_grad_enabled(k >= frozen), autocast(h, dtype):
             h = model.blocks[name](h, visible)  # (B, V, D)
     decoder = model.decoders[name]
     loss, gradient = decoder_backward(decoder, h, visible, masked, wanted, slices=slices, dtype=dtype)
@@ -120,7 +117,7 @@ class Config(train.Config):
         None, "steps before block 1 freezes; -1: none ever (1/3 of all)", least=-1
     )
     freeze_every: int | None = option(None, "steps to the next; 0: all at once (so that all fit)", least=0)
-    freeze_until: int | None = option(None, "blocks frozen in the end (2/3 of K)", least=1)
+    freeze_until: int | None = option(None, "blocks frozen in the end (2/3 of K, if they fit)", least=1)
 
     def folder(self):
         """Runs of another target have another name."""
@@ -179,12 +176,13 @@ class LayerLock(train.Learner):
 def resolve_schedule(config, steps):
     """Fill in what was left open of the schedule, and print it. ValueError if it does not fit the run."""
     # Scaled from the paper's ViT-G: 160K steps of pixels, then 32 of 48 layers, one every 10K steps.
-    if config.freeze_until is None:
-        config.freeze_until = max(1, round(2 / 3 * config.blocks))
     if config.freeze_start is None:
         config.freeze_start = steps // 3
+    if config.freeze_until is None:
+        config.freeze_until = max(1, min(round(2 / 3 * config.blocks), steps - config.freeze_start))
     if config.freeze_every is None:
-        config.freeze_every = max(1, (steps - max(0, config.freeze_start)) // config.freeze_until)
+        every = max(1, (steps - config.freeze_start) // config.freeze_until)
+        config.freeze_every = every if config.freeze_start >= 0 else 0
     start, every, until = config.freeze_start, config.freeze_every, config.freeze_until
     last = start + every * (until - 1)
     if until >= config.blocks:
@@ -193,12 +191,15 @@ def resolve_schedule(config, steps):
     if start >= 0 and last >= steps:
         fix = "lower --freeze-start or --freeze-every"
         raise ValueError(f"The last block would freeze at step {last}, after the run's {steps}; {fix}.")
+    if start == -1 and every:
+        raise ValueError("With --freeze-start -1 nothing ever freezes; leave out --freeze-every.")
     if start == -1 and config.target == "pixels":
         fix = "leave out --freeze-start or --target"
         raise ValueError(f"Pixel targets with nothing frozen are train.py --regime e2e; {fix}.")
     how = f"every {every} steps" if every else "all at once"
     when = f"from step {start} on, {how}, until {until} are frozen" if start >= 0 else "never"
-    tqdm.write(f"blocks freeze {when}; target: {config.target}")
+    if train.processes()[0] == 0:
+        tqdm.write(f"blocks freeze {when}; target: {config.target}")
 
 
 def main(arguments=None):

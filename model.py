@@ -2,7 +2,7 @@
 
 Römer & Dickscheid, "Depth-Wise Representation Development Under Blockwise Self-Supervised Learning for Video
 Vision Transformers", arXiv 2601.09040: masking, decoder and loss are Sec. 3.1, the architecture is Sec. 3.3.
-How the encoder is cut into blocks and trained stands in blockwise.py; nothing here knows about blocks.
+How the encoder is cut into blocks and trained stands in blockwise.py.
 
 Shapes: B batch, T frames, H W pixels, C channels; t h w token grid, N = t*h*w tokens, V visible, M = N - V
 masked; P = values in one tubelet, D width, K blocks.

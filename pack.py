@@ -7,6 +7,7 @@ A copy keeps its name to the letter, so that lists of videos stay valid, but hol
 FFmpeg looks at the content. An interrupted run goes on where it was.
 """
 
+import errno
 import itertools
 import json
 import math
@@ -27,10 +28,12 @@ from tqdm import tqdm
 
 import data
 from data import READ_ERRORS, Parser, number, printable, reason
+from train import lock_folder
 
 # MPEG-4 is decoded in half the time of H.264 of the same size and quality, and every FFmpeg can write it.
 # g: a key frame every 8 frames. bf: no B-frames.
 CODEC = {"g": "8", "bf": "0", "qmin": "4", "qmax": "4", "b": "8M", "threads": "1"}
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the copies' fault, not the videos'
 
 
 def pack_video(source, target, partial, *, side, every, stop):
@@ -67,7 +70,7 @@ def pack(source, target, *, side=128, every=1, workers=None):
     """Pack all videos below a folder into another one, by the same names; returns broken ones {path: reason}.
 
     Files that are there already are skipped, so an interrupted run can be repeated. Raises ValueError for
-    folders that must not be mixed, or that cannot be written.
+    folders that must not be mixed, or that cannot be written; OSError if the disk is full.
     """
     source, target = Path(source).resolve(), Path(target).resolve()
     if target.is_relative_to(source):
@@ -81,6 +84,7 @@ def pack(source, target, *, side=128, every=1, workers=None):
     elif any(target.iterdir()):
         raise ValueError(f"{target} exists and was not packed by this program; name another folder.")
     note.write_text(settings, encoding="utf-8")
+    lock_folder(target)
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir()
 
@@ -92,6 +96,8 @@ def pack(source, target, *, side=128, every=1, workers=None):
         try:
             pack_video(source / path, target / path, copy, **how, stop=stop)
         except READ_ERRORS as error:
+            if getattr(error, "errno", None) in DISK_FULL:
+                raise
             return reason(error)
 
     todo = [path for path in data.walk(source) if not (target / path).exists()]

@@ -38,8 +38,8 @@ class Pipeline(train.Learner):
 
     def __init__(self, config, model, steps, checkpoint=None):
         count = train.processes()[1]
-        if config.regime != "simultaneous" or config.compile or config.graph:
-            raise ValueError("pipeline.py is for --regime simultaneous, without --compile and --graph.")
+        if config.regime != "simultaneous" or config.blocks == 1 or config.compile or config.graph:
+            raise ValueError("pipeline.py is for --regime simultaneous, K > 1, no --compile and no --graph.")
         if count != config.blocks:
             raise ValueError(
                 f"pipeline.py wants a process for each of {config.blocks} blocks, not {count}; start it by: "

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from blockwise import Blockwise, load
+from blockwise import CHECKPOINTS, Blockwise, load
 
 # ---- measurements: plain tensors in, numbers out ----
 
@@ -97,8 +97,9 @@ def retrieval(x, labels, *, ks=(1, 5, 10)):
     decimals are tied: they share one rank in the average precision, and top-k is its expected value over
     their random order. A query without another clip of its class is left out of all means ("queries" counts
     the others); without any query the means are nan.
-    x: (n, D). labels: (n,) gives floats; (n, L), of L targets, gives lists.
+    x: (n, D), of two clips or more. labels: (n,) gives floats; (n, L), of L targets, gives lists.
     """
+    ks = sorted(ks)
     z, labels_of = F.normalize(x.double(), dim=1), labels.reshape(len(labels), -1).T  # (n, D), (L, n)
     found = [[] for _ in labels_of]  # of every target: [(queries, 1 + len(ks))]
     for queries in torch.arange(len(z)).split(256):
@@ -289,7 +290,7 @@ class Run(NamedTuple):
     def setting(self):
         """What runs share that differ only in regime, K and seed: architecture, recipe, data, progress."""
         of, other = self.checkpoint, {"regime", "blocks", "decoder_values", "seed", "out", "resume", "device"}
-        other |= {"workers", "graph", "data", "list", "decoder_slices", "frames", "pixels"}  # these in config
+        other |= {"workers", "compile", "graph", "data", "list", "decoder_slices", "frames", "pixels"}
         both = {**of["settings"], **of["config"]}
         setting = {key: value for key, value in both.items() if key not in other}
         total = of.get("total") or of["step"] or 1
@@ -303,10 +304,9 @@ class Run(NamedTuple):
     @property
     def untrained(self):
         """Title of the same architecture at random initialisation."""
-        config = self.model.config
-        tubelet = "x".join(map(str, config["tubelet"]))
-        bare = "" if self.norm else ", no norm"
-        return f"untrained, {config['width']} wide, {tubelet}, K = {config['blocks']}{bare}"
+        c, bare = self.model.config, "" if self.norm else ", no norm"
+        shape = f"{c['depth']} layers {c['width']} wide, heads: {c['heads']}"
+        return f"untrained, {shape}, {'x'.join(map(str, c['tubelet']))}, K = {c['blocks']}{bare}"
 
 
 def read_runs(paths, blocks=None):
@@ -316,11 +316,11 @@ def read_runs(paths, blocks=None):
     """
     runs = []
     for path in map(Path, paths):
-        title = path.resolve().parent.name if path.name == "last.pt" else path.resolve().name
+        title = (path.resolve().parent if path.name in CHECKPOINTS else path.resolve()).name
         run = Run(title, re.sub(r"-seed\d+$", "", title), *load(path, blocks=blocks or 4))
         for other in runs:
             if title == other.title:
-                raise ValueError(f"Two runs are called {title}; rename one of the folders.")
+                raise ValueError(f"Two runs are called {title}; rename one of them.")
             both = f"{other.title} and {title}"
             if run.model.video != other.model.video:
                 raise ValueError(f"{both} take clips of different sizes; one at a time.")
@@ -351,7 +351,7 @@ def subjects(runs, before_norm=False):
             if before_norm or run.norm is None:
                 list(model.blocks.values())[-1].norm = None
         untrained[run.untrained], trained[run.title] = pair
-    return {"pixels": Pixels()} | untrained | trained
+    return {"raw pixels:": Pixels()} | untrained | trained
 
 
 def open_data(args, run, probed=True):
@@ -441,7 +441,9 @@ def flags():
     """The command line of this script."""
     found = parser(__doc__)
     count = data.number(least=1, most=10**6)
-    found.add_argument("--k", type=count, default=20, help="neighbours of k-NN [20]")
+    found.add_argument(
+        "--k", type=count, default=20, help="neighbours of k-NN, at most the clips per class [20]"
+    )
     text = "write features, labels and names to exactly this file; no probe"
     found.add_argument("--features", metavar="FILE.npz", help=text)
     return found

@@ -884,9 +884,10 @@ def test_a_folder_gives_its_videos_with_parent_folders_as_labels(folder):
 
 
 def test_a_list_names_files_with_spaces_and_labels(folder, tmp_path):
-    lines = listed(tmp_path, "walk/clip 01.MP4 fast walk\n", "Run/clip 00.MP4", "walk/clip 01.MP4 fast walk")
+    again = [f"{place}/walk/clip 01.MP4   fast walk" for place in (".", folder)]
+    lines = listed(tmp_path, "walk/clip 01.MP4 fast walk\n", "Run/clip 00.MP4", *again)
     videos = Videos(folder, list_file=lines, video=(4, 32, 32))
-    assert len(videos) == videos.total == 2  # each line counts once
+    assert len(videos) == videos.total == 2  # each video counts once
     assert videos.files == [("walk/clip 01.MP4", "fast walk"), ("Run/clip 00.MP4", "Run")]
     lines = listed(tmp_path, "walk/clip 01.MP4 1", "walk/clip 03.MP4 1", "Run/clip 00.MP4 2")
     videos = Videos(folder, list_file=lines, video=(4, 32, 32))
@@ -914,6 +915,8 @@ def test_short_videos_follow_the_named_rule(folder):
     write_numbered(folder / "walk" / "short.mp4", frames=5)
     videos = Videos(folder, video=(4, 32, 32), stride=4)
     assert videos.dropped == {"walk/short.mp4": 5} and len(videos) == 20
+    lines = listed(folder, "walk/short.mp4 stride", "Run/clip 00.MP4 run")
+    assert Videos(folder, list_file=lines, video=(4, 32, 32), stride=4).labels == {"class": ("run",)}
     videos = Videos(folder, video=(4, 32, 32), stride=4, short="repeat")
     assert not videos.dropped and len(videos) == 21
     index = videos.files.index(("walk/short.mp4", "walk"))
@@ -1351,6 +1354,10 @@ def test_a_run_is_resumed_only_on_the_same_videos(folder, tmp_path):
     run(train, "--resume", "--out", out, "--data", moved)
     (moved / "walk" / "clip 01.MP4").unlink()
     assert "was started on other videos" in refused(train, "--resume", "--out", out, "--data", moved)
+    run(train, *TINY_RUN, "--steps", 2, "--out", tmp_path / "generated")
+    assert "leave it out" in refused(
+        train, "--resume", "--out", tmp_path / "generated", "--list", "videos.txt"
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
@@ -1574,6 +1581,7 @@ def test_retrieval_by_hand():
     # Its own class stands 2, 3, 2, 2.
     assert found["mAP"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 2 + 1 / 2) / 4)
     assert (found["top1"], found["top5"], found["queries"]) == (0.0, 1.0, 4)
+    assert probe.retrieval(x, torch.tensor([0, 1, 0, 1]), ks=(5, 1, 10)) == found
     alone = probe.retrieval(x, torch.tensor([0, 0, 1, 2]))
     assert alone["queries"] == 2 and alone["mAP"] == 1.0
     assert np.isnan(probe.retrieval(x, torch.arange(4))["mAP"])
@@ -1993,7 +2001,7 @@ def test_probe_prints_runs_baselines_and_seeds(three_runs, monkeypatch):
     monkeypatch.setattr(probe, "logistic_probe", nearest_mean)
     runs = [three_runs / name for name in ("e2e-2", "sim-2", "sim-2-seed1")]
     text, _ = run(probe, *runs, "--clips", 36, "--workers", 0)
-    rows = ["chance", "pixels middle frame", "pixels frame changes", "untrained", "sim-2 block1"]
+    rows = ["chance", "raw pixels: middle frame", "raw pixels: frame changes", "untrained", "sim-2 block1"]
     for row in (*rows, "e2e-2 block2", "sim-2 block2 .*±"):
         assert re.search(f"^{row}", text, re.MULTILINE), row
     assert not re.search("^e2e-2 block2 .*±", text, re.MULTILINE)  # one seed
@@ -2048,6 +2056,8 @@ def test_the_untrained_network_is_the_same_for_all_seeds(three_runs):
     title = runs[0].untrained
     both = [probe.subjects(order)[title].state_dict() for order in (runs, runs[::-1])]
     assert not differing(*both)
+    deeper = runs[1]._replace(model=Blockwise(**runs[0].model.config | {"depth": 4}))
+    assert deeper.untrained != title
 
 
 def test_a_run_that_is_not_finished_is_read_and_said_to_be(three_runs, tmp_path, capsys):
@@ -2198,6 +2208,10 @@ def test_entropy_ranks_videomae_and_hugging_face_checkpoints(tmp_path):
         expected = rf"layer 10 +{np.log(11):.3f} .*\nlowest first: layer 0, layer 10"
         assert re.search(expected, run(gardener, path, *flags)[0])
     assert "No key fits" in refused(gardener, path)
+    three = {f"a{i}.b{i}.c{i}.fc{n}": torch.arange(i + 1.0) for i in (1, 2) for n in (1, 2)}
+    torch.save(three, path)
+    found = run(gardener, path, "--pattern", r"a{}\.b{}\.c{}\.fc(1|2)")[0]  # a group is no number of a layer
+    assert "lowest first: block1 layers.1.1, block2 layers.2.2" in found
     for pattern, sentence in (("trunk", "lacks {}"), ("({}", "not a reg")):
         assert sentence in refused(gardener, path, "--pattern", pattern)
 
@@ -2336,8 +2350,6 @@ def test_the_collapse_control_has_a_latent_target_and_freezes_nothing(tmp_path):
         4,
         "--freeze-start",
         -1,
-        "--freeze-every",
-        9,
         "--steps",
         3,
         "--out",
@@ -2357,6 +2369,7 @@ def test_the_collapse_control_has_a_latent_target_and_freezes_nothing(tmp_path):
         ("--freeze-until 12", "12 blocks cannot freeze 12 and learn"),
         ("--freeze-start 5 --steps 4", "after the run's 4; lower --freeze-start"),
         ("--freeze-start -1 --target pixels", "are train.py --regime e2e"),
+        ("--freeze-start -1 --freeze-every 9", "nothing ever freezes"),
         ("--freeze-start -2", "--freeze-start: -2 must be an integer, at least -1"),
     ],
 )
@@ -2395,6 +2408,7 @@ def test_a_pipeline_that_does_not_fit_is_refused(tmp_path):
     for arguments, sentence in (
         ([], "start it by: torchrun --nproc-per-node 4 pipeline.py --blocks 4"),
         (["--regime", "e2e"], "pipeline.py is for --regime simultaneous"),
+        (["--blocks", 1], "K > 1"),
     ):
         message = refused(pipeline, *arguments, "--device", "cpu", "--out", tmp_path / "run")
         assert sentence in message and not os.listdir(tmp_path)
@@ -2496,7 +2510,7 @@ def test_a_packed_folder_has_the_same_names_and_frames(tmp_path):
     (source / "bad.mp4").write_bytes(b"no video")
     command = (pack, source, target, "--side", 32, "--workers", 2)
     assert "broken: bad.mp4" in run(*command)[0]
-    found = sorted(path.relative_to(target).as_posix() for path in target.rglob("*.*"))
+    found = sorted(path.relative_to(target).as_posix() for path in target.rglob("[!.]*.*"))
     assert found == ["a b/ü.mp4", "c.avi", "c.mkv", "pack.json"]
     with data.open_video(target / "c.avi") as (container, stream):
         assert (stream.width, stream.height, stream.frames) == (48, 32, 40)
@@ -2513,7 +2527,7 @@ def test_a_packed_folder_has_the_same_names_and_frames(tmp_path):
 
 
 @with_pack
-def test_packing_refuses_what_cannot_work_before_the_work(tmp_path):
+def test_packing_refuses_what_cannot_work_before_the_work(tmp_path, monkeypatch):
     source, packed = write_copies(tmp_path / "source", ["a.mp4"]), tmp_path / "packed"
     run(pack, source, packed)
     for name in ("full", "broken"):
@@ -2541,6 +2555,12 @@ def test_packing_refuses_what_cannot_work_before_the_work(tmp_path):
         text, errors = run(packing(), tmp_path / "broken", *target, code=2)
         assert "broken: a.mp4 (Invalid data" in text and "can be read" in errors.splitlines()[-1]
 
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data, "write_video", full)
+    assert "No space left" in run(packing(), source, tmp_path / "new", code=1)[1]
+
 
 @with_pack
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
@@ -2566,7 +2586,9 @@ def test_a_packing_that_is_ended_goes_on_and_ends_the_same(tmp_path, monkeypatch
     assert {*data.look_at(parts, [*parts.glob("*.mp4")]).values()} == {40}  # none is torn
     pack.pack(source, whole)
     pack.pack(source, parts)
-    assert contents(whole) == contents(parts) and len(contents(whole)) == 24 + 1  # pack.json, not .partial
+    assert (
+        contents(whole) == contents(parts) and len(contents(whole)) == 24 + 2
+    )  # pack.json and .lock, not .partial
 
 
 # ---- README.md ----

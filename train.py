@@ -35,7 +35,7 @@ import data
 from blockwise import REGIMES, Blockwise, count_parameters, load, make_optimizers, save, train_step
 from model import SIZES, gather_tokens, normalized_targets, patchify, tube_mask, unpatchify
 
-# tiny and small: the paper's recipe (Sec. 3.2, 3.4). Paper does not say: batch size. nano: ours, for a CPU.
+# tiny and small: the paper's recipe (Sec. 3.2, 3.4). Paper does not say: batch size. nano and base are ours.
 RECIPES = {
     "nano": {"steps": 3000, "batch": 16, "lr": 1e-3},
     "tiny": {"epochs": 150, "batch": 128, "lr": 1e-4},
@@ -56,12 +56,12 @@ def option(default, help, **limits):
 
 @dataclass
 class Config:
-    """All settings of a run. Each field is a flag of its name; None is filled in from size or machine."""
+    """All settings of a run. Each field is a flag of its name; None leaves it to size or machine."""
 
     program: ClassVar[str] = "train.py"
 
     size: Literal[tuple(SIZES)] = option("nano", "model: tiny and small are the paper's, nano suits a laptop")
-    blocks: int = option(4, "K, blocks of the encoder; e2e: where it is read", least=1, most=1000)
+    blocks: int = option(4, "K, blocks of the encoder; of e2e only where it is read", least=1, most=1000)
     regime: Literal[tuple(REGIMES)] = option("simultaneous", "who learns from which loss (Sec. 3.1)")
     decoder_depth: int | None = option(None, "layers of each local decoder (paper: 4; nano: 1)", least=1)
     frames: int | None = option(None, "frames of a clip (paper: 16)", least=1)
@@ -75,7 +75,7 @@ class Config:
     data: str | None = option(None, "folder of videos; without it, clips are generated")
     list: str | None = option(None, "file of lines `path [label]`, relative to --data: use these videos only")
     stride: int = option(4, "take every stride-th frame of a video", least=1)
-    short: Literal["drop", "repeat"] = option("drop", "videos of < frames x stride: or repeat the last frame")
+    short: Literal["drop", "repeat"] = option("drop", "videos of < frames x stride, or repeat the last frame")
 
     epochs: float | None = option(None, "passes over the data (paper: 150, 300), in each stage", above=0)
     steps: int | None = option(None, "optimizer steps instead, in each stage (nano: 3000)", least=1)
@@ -245,6 +245,8 @@ def set_up(Config, config, given):
         if any(file.stat().st_size and file.name != "last.pt.tmp" for file in files):
             go_on = "go on with its run by --resume, or " if (out / "last.pt").is_file() else ""
             raise ValueError(f"{out} is not empty; {go_on}name another --out.")
+    if config.list and not config.data:  # parse() does not know the settings of the run that goes on
+        raise ValueError(f"{config.out} was trained on generated clips; leave out --list.")
     why = resolve_defaults(config)
     if model is None:
         torch.manual_seed(config.seed)
@@ -361,7 +363,7 @@ class Learner:
             told = torch.tensor(int(stop))
             dist.all_reduce(told, op=dist.ReduceOp.MAX)
             stop = bool(told)
-        return stop, due and self.rank == 0
+        return stop, due
 
     def collect(self, losses, norms):
         """Losses and norms, {name: float}, of the whole batch and model."""
@@ -561,7 +563,7 @@ def fixed_clips(config, model, source):
 def draw(model, clips, path, blocks):
     """Write what the decoders of some blocks make of fixed clips; returns their losses, {block name: float}.
 
-    clips: (video, visible, masked). path: .png shows 8 frames of the middle clip, .mp4 moves 6 clips. A
+    clips: (video, visible, masked). path: .png shows some frames of the middle clip, .mp4 moves 6 clips. A
     prediction is of normalised tubelets, without mean and contrast: it is shown as the loss sees it. Only the
     last row, which says so, is painted with each tubelet's true ones. No decoder predicts pixels: {}.
     """
@@ -612,7 +614,7 @@ def evaluate(model, clips, out, step, blocks):
     share = torch.linalg.svdvals(x.double() - x.double().mean(dim=0)).square()
     share = share / share.sum()
     spread = {
-        "std": x.std(dim=0).mean().nan_to_num().item(),  # 0 for a single clip
+        "std": x.std(dim=0, correction=min(1, len(x) - 1)).mean().item(),  # 0 for a single clip
         "effective_rank": torch.special.entr(share.nan_to_num()).sum().exp().item(),
     }
     return {"eval_loss": draw(model, clips, out / f"recon_{step:06d}.png", blocks), "features": spread}
