@@ -3,10 +3,11 @@
     python bench.py --size tiny --batch 16          # about 3 minutes on 2 CPU cores
     python bench.py --size tiny --batch 16 --peer   # beside Hugging Face's VideoMAE on the same clips
 
-The steps of all cases take turns in one process, so that all see the same machine; clips are noise. Memory is
-counted, not sampled: activations that autograd saves for backward, at their peak; and weights, gradients and
-AdamW's two moments (state). On a GPU the allocator's peak stands beside them. Then, for every K, the saved
-activations of a simultaneous step and of the obvious way, which sums the local losses and goes backward once.
+The steps of all cases take turns in one process, so that all see the same machine; clips are noise. Where a
+decoder runs in slices, e2e comes once more with all clips at once. Memory is counted, not sampled: activations
+that autograd saves for backward, at their peak; and weights, gradients and AdamW's two moments (state). On a
+GPU the allocator's peak stands beside them. Then, for every K, the saved activations of a simultaneous step and
+of the obvious way, which sums the local losses and goes backward once.
 """
 
 import contextlib
