@@ -181,9 +181,11 @@ def measure(args, runs, sources):
     rule = {"patch": runs[0].model.tubelet[1:], "halves": halves, "blank": blank}
     occlude(torch.zeros(*runs[0].model.video, 3), **rule)  # raises if clips are too narrow for it
     covered = [(Occluded(source, rule), indices) for source, indices in sources]
-    features, targets, _, labels, sizes = extract(models, sources, *options, measure=patch_similarity)
+    features, targets, names, labels, sizes = extract(models, sources, *options, measure=patch_similarity)
     folds = split(targets, labels, sizes, sources[0][0])
-    occluded = extract(models, covered, *options)[0]
+    occluded, _, again, *_ = extract(models, covered, *options)
+    if again != names:
+        raise ValueError("Some clips could not be read a second time; is their disk still there?")
 
     results, by_clip, tested = {}, {}, torch.cat([test for _, test in folds])
     for title, model in tqdm(models.items(), "measurements", leave=False):
