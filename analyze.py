@@ -174,7 +174,6 @@ def measure(args, runs, sources):
     Returns {title: {measurement: [value by block]}} and {title: {measurement: (K, test clips)}}.
     """
     models, options = subjects(runs, args.before_norm), (args.batch, args.workers, args.device)
-    models.pop("raw pixels:")
     # Differs from paper: the patch is a tubelet's, which is 16 x 16 as there in its sizes, but 8 x 8 in nano.
     # Blank is 0, which in gratings (-1..1) is mid-grey.
     halves, blank = args.data == "double-gratings", 128 if args.data in ("gratings", "double-gratings") else 0

@@ -261,9 +261,7 @@ def main(arguments=None):
         if args.graph and not args.device.startswith("cuda"):
             raise ValueError("--graph is for an NVIDIA GPU; leave it out.")
         if args.peer and (args.decode_ratio < 1 or args.compile or args.graph):
-            raise ValueError(
-                "--peer takes that model as it is; leave out --decode-ratio, --compile, --graph."
-            )
+            raise ValueError("With --peer, leave out --decode-ratio, --compile and --graph.")
         check_output(args.out, folder=True)
         benchmark(args)
 

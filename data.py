@@ -323,8 +323,7 @@ class Videos:
             looked = EXTENSIONS.replace("|", " ")
             raise ValueError(f"No videos in {list_file or folder} (looked for {looked}).")
         counts = look_at(self.folder, [path for path, _ in found])
-        beside = read_list(beside, folder) if beside else ()
-        found, classes = label_videos(self.folder, found, beside)
+        found, classes = label_videos(self.folder, found, read_list(beside, folder) if beside else ())
         self.total = len({printable(path) for path in counts})
         self.files, self.broken, self.dropped, left_out = [], {}, {}, {}
         for path, label in found:

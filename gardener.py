@@ -59,17 +59,16 @@ def layer_weights(state, pattern=None):
     if pattern and "{}" not in pattern:
         raise ValueError(f"--pattern {pattern} lacks {{}}, which stands for the number of the layer.")
     for one in [pattern] if pattern else WEIGHTS.values():
+        names, found = [f"number{i}" for i in range(one.count("{}"))], defaultdict(list)
+        for name in names:  # so that other groups of the pattern are not taken for numbers
+            one = one.replace("{}", rf"(?P<{name}>\d+)", 1)
         try:
-            first, *rest = one.split("{}")
-            rest = [
-                rf"(?P<n{i}>\d+){part}" for i, part in enumerate(rest)
-            ]  # by name: others may be its groups
-            numbered, found = re.compile(first + "".join(rest)), defaultdict(list)
+            numbered = re.compile(one)
         except re.error as error:
             raise ValueError(f"--pattern {pattern} is not a regular expression: {error}.") from None
         for key, value in state.items():
             if match := numbered.fullmatch(key):
-                found[tuple(int(part) for part in match.groupdict().values() if part)].append(value)
+                found[tuple(int(match[name]) for name in names if match[name])].append(value)
         if found:
             return dict(sorted(found.items()))
     some = ", ".join(key for key in state if key.endswith("weight"))[:400]

@@ -339,7 +339,7 @@ def read_runs(paths, blocks=None):
 
 
 def subjects(runs, before_norm=False):
-    """All that is measured: {title: model} of the pixels, of each architecture untrained, and of the runs.
+    """The networks that are measured: {title: model} of each architecture untrained, and of the runs.
 
     The untrained weights are of seed 0. before_norm: every last block ends before the output LayerNorm.
     """
@@ -351,7 +351,7 @@ def subjects(runs, before_norm=False):
             if before_norm or run.norm is None:
                 list(model.blocks.values())[-1].norm = None
         untrained[run.untrained], trained[run.title] = pair
-    return {"raw pixels:": Pixels()} | untrained | trained
+    return untrained | trained
 
 
 def open_data(args, run, probed=True):
@@ -441,9 +441,7 @@ def flags():
     """The command line of this script."""
     found = parser(__doc__)
     count = data.number(least=1, most=10**6)
-    found.add_argument(
-        "--k", type=count, default=20, help="neighbours of k-NN, at most the clips per class [20]"
-    )
+    found.add_argument("--k", type=count, default=20, help="of k-NN, at most the clips per class [20]")
     text = "write features, labels and names to exactly this file; no probe"
     found.add_argument("--features", metavar="FILE.npz", help=text)
     return found
@@ -457,7 +455,7 @@ def main(arguments=None):
     if args.features:
         data.check_output(args.features)
     runs = read_runs(args.runs, args.blocks)
-    models = subjects(runs, args.before_norm)
+    models = {"raw pixels:": Pixels()} | subjects(runs, args.before_norm)
     sources = open_data(args, runs[0], probed=not args.features)
     if args.features:
         models = {run.title: models[run.title] for run in runs}

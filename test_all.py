@@ -2586,9 +2586,8 @@ def test_a_packing_that_is_ended_goes_on_and_ends_the_same(tmp_path, monkeypatch
     assert {*data.look_at(parts, [*parts.glob("*.mp4")]).values()} == {40}  # none is torn
     pack.pack(source, whole)
     pack.pack(source, parts)
-    assert (
-        contents(whole) == contents(parts) and len(contents(whole)) == 24 + 2
-    )  # pack.json and .lock, not .partial
+    # pack.json and .lock, not .partial
+    assert contents(whole) == contents(parts) and len(contents(whole)) == 24 + 2
 
 
 # ---- README.md ----

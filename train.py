@@ -238,6 +238,8 @@ def set_up(Config, config, given):
     config.out, model, checkpoint = config.out or config.folder(), None, None
     if config.resume:
         config, model, checkpoint = resumed(Config, config, given)
+        if config.list and not config.data:
+            raise ValueError(f"{config.out} was trained on generated clips; leave out --list.")
     else:
         out = Path(config.out)
         files = out.iterdir() if out.is_dir() else [out] if out.exists() else []
@@ -245,8 +247,6 @@ def set_up(Config, config, given):
         if any(file.stat().st_size and file.name != "last.pt.tmp" for file in files):
             go_on = "go on with its run by --resume, or " if (out / "last.pt").is_file() else ""
             raise ValueError(f"{out} is not empty; {go_on}name another --out.")
-    if config.list and not config.data:  # parse() does not know the settings of the run that goes on
-        raise ValueError(f"{config.out} was trained on generated clips; leave out --list.")
     why = resolve_defaults(config)
     if model is None:
         torch.manual_seed(config.seed)
