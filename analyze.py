@@ -474,19 +474,19 @@ def save_figure(path, panels):
 def draw_band(axis, x, values, label, colour=None):
     """A line of means over the rows of values (rows, len(x)), with a band of ±1 standard deviation."""
     mean, sd = np.mean(values, axis=0), np.std(values, axis=0, ddof=len(values) > 1)
-    axis.plot(x, mean, marker="o", label=label, color=colour)
+    axis.plot(x, mean, marker="o", markersize=4, label=label, color=colour)
     axis.fill_between(x, mean - sd, mean + sd, alpha=0.2, color=colour)
     axis.grid(alpha=0.3)
 
 
-COLOURS = {"e2e": (0, 0, 0), "simultaneous": (0, 0.3, 0.8), "sequential": (0.9, 0.4, 0)}
+COLOURS = {"e2e": (0, 0, 0), "simultaneous": (0, 0.15, 0.7), "sequential": (0.9, 0.4, 0)}
 
 
 def colour_of(g, groups):
     """The colour of its regime, lighter for every finer K."""
     base = np.array(COLOURS.get(g.regime, (0, 0.55, 0.2)))
     alike = sorted((other.K, other.name) for other in groups if other.regime == g.regime)
-    return base + (1 - base) * 0.7 * alike.index((g.K, g.name)) / len(alike)
+    return base + (1 - base) * 0.7 * alike.index((g.K, g.name)) / max(1, len(alike) - 1)
 
 
 def draw_lines(axis, groups, name):
@@ -523,6 +523,7 @@ def draw_heat(axis, g):
 
 def plot(groups, folder):
     """Draw the paper's Figures 2-5 as PNG files: lines are means, bands ±1 sd over seeds."""
+    groups = sorted(groups, key=lambda g: (g.regime, g.K))
     probes = [name for name in groups[0].results[0] if "accuracy" in name]
     tokens = ["patch similarity", "OccDrop", "effective_rank", "participation_ratio"]
     lines = {
