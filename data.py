@@ -1,6 +1,6 @@
 """Clips to train on: generated moving scenes (no download), or any folder of videos, read with PyAV.
 
-Römer & Dickscheid, arXiv 2601.09040, Sec. 3.2: 16 frames at stride 4; random crop and flip for training,
+Römer & Dickscheid, arXiv 2601.09040, Sec. 3.2, 3.3: 16 frames at stride 4; random crop and flip for training,
 centre crop for evaluation; videos that are too short are dropped.
 
     source = Scenes("train")                          # or Videos("UCF-101", list_file="trainlist01.txt")
@@ -356,6 +356,7 @@ class Videos:
 
         rng: random start, crop and flip, for training (Sec. 3.2); None: all in the middle.
         """
+        # Paper does not say: where in the video a clip starts.
         start, top, left, mirror = (0.5, 0.5, 0.5, 0.0) if rng is None else rng.random(4)
         path, rules = self.folder / self.files[index][0], {"stride": self.stride, "short": self.short}
         clip = read_clip(path, video=self.video, start=start, crop=(top, left), **rules)

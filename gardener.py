@@ -152,7 +152,10 @@ def least_important(importance, sizes):
 
 
 def probe_pruned(args, model, sources, removed):
-    """Linear probe of the last block without some layers: {frozenset: share of targets right, by clip}."""
+    """Linear probe of the last block without some layers: {frozenset: share of targets right, by clip}.
+
+    Differs from paper, which fine-tunes.
+    """
     models = {"": Pruned(model, removed)}
     features, targets, _, labels, sizes = extract(models, sources, args.batch, args.workers, args.device)
     folds = split(targets, labels, sizes, sources[0][0])
@@ -168,7 +171,7 @@ def measure_pruning(args, model, sources, draws=5):
     """
     weights = layer_weights(model.state_dict()).values()
     entropies, shares = zip(*(layer_entropy(w) for w in weights))
-    # Paper does not say: which magnitude. The mean |w| of the same four matrices.
+    # Ours, beside the paper's controls: the mean |w| of the same four matrices.
     magnitude = [torch.cat([part.flatten() for part in w]).abs().mean().item() for w in weights]
     depth, rng = len(weights), np.random.default_rng(0)
     rankings = {  # {name: [importance of layer 1..depth, of each draw]}

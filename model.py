@@ -141,6 +141,7 @@ class TubeletEmbedding(nn.Module):
     def __init__(self, *, tokens=128, values=6144, width=192):
         super().__init__()
         self.linear = nn.Linear(values, width)
+        # Paper does not say: Xavier-uniform weights and a zero bias, as in MAE.
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
         # Fixed sinusoids over the flattened token index, as in VideoMAE.
@@ -176,6 +177,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, values)
+        # Paper does not say: initialised as in MAE.
         nn.init.xavier_uniform_(self.embed.weight)
         nn.init.xavier_uniform_(self.head.weight)
         nn.init.zeros_(self.head.bias)

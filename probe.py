@@ -95,8 +95,8 @@ def retrieval(x, labels, *, ks=(1, 5, 10)):
 
     Top-k: share of queries with a clip of their class among the k nearest. Clips whose cosines agree to 12
     decimals are tied: they share one rank in the average precision, and top-k is its expected value over
-    their random order. A query without another clip of its class is left out of all means ("queries" counts
-    the others); without any query the means are nan.
+    their random order. A query without another clip of its class is left out of the average precision's mean,
+    and here of the others, too ("queries" counts the rest); without any query the means are nan.
     x: (n, D), of two clips or more. labels: (n,) gives floats; (n, L), of L targets, gives lists.
     """
     ks = sorted(ks)
