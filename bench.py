@@ -237,33 +237,33 @@ def benchmark(args):
     print(f"\n{args.out}/bench.json")
 
 
+@program()
 def main(arguments=None):
     """Measure what the command line says."""
-    with program():
-        flags = Parser(__doc__)
-        flags.add_argument("--size", choices=SIZES, default="nano", help="model [nano]")
-        flags.add_argument("--blocks", type=number(least=1), default=4, help="K [4]")
-        flags.add_argument("--batch", type=number(least=1), default=16, help="clips in a step [16]")
-        flags.add_argument("--decoder-depth", type=number(least=1), help="as train.py [of the size]")
-        share = number(float, above=0, most=1)
-        flags.add_argument("--decode-ratio", type=share, default=1.0, help="as train.py [1]")
-        flags.add_argument("--slices", type=number(least=1), help="of the batch in a decoder [as train.py]")
-        flags.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast [fp32]")
-        flags.add_argument("--device", default="auto", help="auto, cpu, cuda [auto]")
-        flags.add_argument("--compile", action="store_true", help="torch.compile blocks and decoders")
-        flags.add_argument("--graph", action="store_true", help="time train.py --graph, on an NVIDIA GPU")
-        flags.add_argument("--rounds", type=number(least=1), default=15, help="timed steps of each [15]")
-        flags.add_argument("--peer", action="store_true", help="beside Hugging Face's VideoMAE instead")
-        flags.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder [runs/bench]")
-        args = flags.parse_args(arguments)
-        args.device, _ = pick_device(args.device)
-        args.slices = args.slices or default_slices(args.batch, args.device)
-        if args.graph and not args.device.startswith("cuda"):
-            raise ValueError("--graph is for an NVIDIA GPU; leave it out.")
-        if args.peer and (args.decode_ratio < 1 or args.compile or args.graph):
-            raise ValueError("With --peer, leave out --decode-ratio, --compile and --graph.")
-        check_output(args.out, folder=True)
-        benchmark(args)
+    flags = Parser(__doc__)
+    flags.add_argument("--size", choices=SIZES, default="nano", help="model [nano]")
+    flags.add_argument("--blocks", type=number(least=1), default=4, help="K [4]")
+    flags.add_argument("--batch", type=number(least=1), default=16, help="clips in a step [16]")
+    flags.add_argument("--decoder-depth", type=number(least=1), help="as train.py [of the size]")
+    share = number(float, above=0, most=1)
+    flags.add_argument("--decode-ratio", type=share, default=1.0, help="as train.py [1]")
+    flags.add_argument("--slices", type=number(least=1), help="of the batch in a decoder [as train.py]")
+    flags.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast [fp32]")
+    flags.add_argument("--device", default="auto", help="auto, cpu, cuda [auto]")
+    flags.add_argument("--compile", action="store_true", help="torch.compile blocks and decoders")
+    flags.add_argument("--graph", action="store_true", help="time train.py --graph, on an NVIDIA GPU")
+    flags.add_argument("--rounds", type=number(least=1), default=15, help="timed steps of each [15]")
+    flags.add_argument("--peer", action="store_true", help="beside Hugging Face's VideoMAE instead")
+    flags.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder [runs/bench]")
+    args = flags.parse_args(arguments)
+    args.device, _ = pick_device(args.device)
+    args.slices = args.slices or default_slices(args.batch, args.device)
+    if args.graph and not args.device.startswith("cuda"):
+        raise ValueError("--graph is for an NVIDIA GPU; leave it out.")
+    if args.peer and (args.decode_ratio < 1 or args.compile or args.graph):
+        raise ValueError("With --peer, leave out --decode-ratio, --compile and --graph.")
+    check_output(args.out, folder=True)
+    benchmark(args)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,7 @@ def time_reading(folder, names, *, stride, pixels):
     return float(np.median(times)) if times else None
 
 
+@data.program()
 def main(arguments=None):
     """Pack SRC into DST, if that is given; then say how long the videos of each take to read."""
     parser, count = Parser(__doc__), number(least=1)
@@ -170,5 +171,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    with data.program():
-        main()
+    main()

@@ -2491,16 +2491,6 @@ def test_bench_counts_a_cheaper_and_a_deeper_decoder():
 # ---- pack.py ----
 
 
-def packing():
-    """pack.py as a script: what ends it ends it with one sentence."""
-
-    def main(arguments):
-        with data.program():
-            pack.main(arguments)
-
-    return SimpleNamespace(main=main)
-
-
 @with_pack
 def test_a_packed_folder_has_the_same_names_and_frames(tmp_path):
     source, target, fourth = (tmp_path / name for name in ("source", "packed", "fourth"))
@@ -2550,16 +2540,16 @@ def test_packing_refuses_what_cannot_work_before_the_work(tmp_path, monkeypatch)
         ([source, "--stride", "0"], "0 must be an integer, at least 1"),
         ([source, "--side", "8"], "at least 16"),
     ]:
-        assert sentence in refused(packing(), *arguments)
+        assert sentence in refused(pack, *arguments)
     for target in ([], [tmp_path / "none"]):
-        text, errors = run(packing(), tmp_path / "broken", *target, code=2)
+        text, errors = run(pack, tmp_path / "broken", *target, code=2)
         assert "broken: a.mp4 (Invalid data" in text and "can be read" in errors.splitlines()[-1]
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(data, "write_video", full)
-    assert "No space left" in run(packing(), source, tmp_path / "new", code=1)[1]
+    assert "No space left" in run(pack, source, tmp_path / "new", code=1)[1]
 
 
 @with_pack
@@ -2575,7 +2565,7 @@ def test_a_packing_that_is_ended_goes_on_and_ends_the_same(tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(pack, "pack_video", slowly)
-        process = start(call, packing(), source, parts, "--workers", 1, log=log)
+        process = start(call, pack, source, parts, "--workers", 1, log=log)
     wait_for(lambda: len(list(parts.glob("*.mp4"))) >= 3)
     os.kill(process, end)
     assert exit_code(process) == (130 if end == signal.SIGINT else -end)

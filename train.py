@@ -755,19 +755,19 @@ def explain(error, config):
     return None, 1
 
 
+@data.program()
 def main(arguments=None, *, Config=Config, Learner=Learner, manual=__doc__):
     """Train as the command line says. Another Config and Learner train in another way, in the same loop."""
-    with data.program():
-        config, given = parse(Config, manual, arguments)
-        config, model, source, checkpoint, why = set_up(Config, config, given)
-        try:
-            stopped = train(config, model, source, checkpoint, why, Learner)
-        except Exception as error:
-            data.free_workers(error)
-            sentence, code = explain(error, config)
-            if sentence is None:
-                raise
-            data.fail(sentence, code)
+    config, given = parse(Config, manual, arguments)
+    config, model, source, checkpoint, why = set_up(Config, config, given)
+    try:
+        stopped = train(config, model, source, checkpoint, why, Learner)
+    except Exception as error:
+        data.free_workers(error)
+        sentence, code = explain(error, config)
+        if sentence is None:
+            raise
+        data.fail(sentence, code)
     rank, count = processes()
     if rank == 0 and stopped:
         start = "python" if count == 1 else f"torchrun --nproc-per-node {count}"
