@@ -297,10 +297,6 @@ READ_ERRORS = (OSError, ValueError, av.FFmpegError)  # what a broken file raises
 MAX_BROKEN = 0.05  # more broken files than this share (and more than one) end a run
 
 
-class BrokenVideos(ValueError):
-    """Too many of the videos cannot be read; the message names them."""
-
-
 class Videos:
     """All videos below a folder, or those that a list names; the label is the parent folder, or in the list.
 
@@ -311,7 +307,7 @@ class Videos:
     short: what happens to videos of fewer than T * stride frames: "drop" (the paper's rule) leaves them out,
     "repeat" repeats their last frame.
     `broken` {name: reason} are the files that cannot be read, `dropped` {name: frames} the short ones.
-    Raises ValueError if no usable video is left, BrokenVideos if more than MAX_BROKEN of them are broken.
+    Raises ValueError if no usable video is left, or if more than MAX_BROKEN of them are broken.
     """
 
     def __init__(self, folder, *, list_file=None, beside=None, video=(16, 128, 128), stride=4, short="drop"):
@@ -365,7 +361,7 @@ class Videos:
     def check_broken(self, found):
         """Note videos that turned out broken {name: reason} or short {name: frames}.
 
-        Returns the new ones {name: reason}. BrokenVideos if too many are broken, ValueError if none is left.
+        Returns the new ones {name: reason}. ValueError if too many are broken, or none is left.
         """
         new = {}
         for name, what in found.items():
@@ -383,7 +379,7 @@ class Videos:
             )
         if none_left or len(self.broken) > max(1, MAX_BROKEN * self.total):
             which = "; ".join(f"{name} ({why})" for name, why in itertools.islice(self.broken.items(), 10))
-            raise BrokenVideos(
+            raise ValueError(
                 f"{len(self.broken)} of {self.total} videos cannot be read, at most {MAX_BROKEN:.0%} may be: "
                 f"{which}. Repair them, move them away, or leave them out with --list."
             )

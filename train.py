@@ -553,7 +553,7 @@ def fixed_clips(config, model, source):
         except data.READ_ERRORS:
             pass  # named as soon as training meets it
     if not videos:
-        raise data.BrokenVideos(f"None of {FIXED_CLIPS} videos that were tried can be read.")
+        raise ValueError(f"None of {FIXED_CLIPS} videos that were tried can be read.")
     generator = torch.Generator().manual_seed(config.seed)
     masks = tube_mask(len(videos), model.grid, config.mask, generator)
     return [tensor.to(config.device) for tensor in (torch.stack(videos), *masks)]
@@ -735,24 +735,22 @@ def show_end(model, clips, path):
 
 
 def explain(error, config):
-    """(Sentence, exit code) for an error in training that a user can do something about; else (None, 1)."""
+    """A sentence on an error in training that a user can do something about; else None."""
     kept = "No checkpoint was written"
     if (Path(config.out) / "last.pt").is_file():
         kept = f"The last checkpoint is kept; go on with --resume --out {shlex.quote(config.out)}"
-    if isinstance(error, data.BrokenVideos):
-        return error, 2
     if isinstance(error, FloatingPointError):
-        return f"{error}. Start anew with a lower --lr, --clip 1 or --dtype fp32. {kept}.", 1
-    if isinstance(error, dist.DistError) or "gloo/" in str(error):
-        return f"Another process has ended, so all end. {kept}.", 1
+        return f"{error}. Start anew with a lower --lr, --clip 1 or --dtype fp32. {kept}."
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error)):
+        return f"Another process has ended, so all end. {kept}."
     if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
         fewer = f"--workers {config.workers // 2}"
-        return f"A process that reads clips died, out of memory perhaps. {kept} {fewer}.", 1
+        return f"A process that reads clips died, out of memory perhaps. {kept} {fewer}."
     if data.out_of_memory(error):
-        return f"Out of memory. {kept} and more --decoder-slices, or start anew with a smaller --batch.", 1
+        return f"Out of memory. {kept} and more --decoder-slices, or start anew with a smaller --batch."
     if isinstance(error, OSError):  # a full disk, for example
-        return f"{error}. {kept}.", 1
-    return None, 1
+        return f"{error}. {kept}."
+    return None
 
 
 @data.program()
@@ -764,10 +762,9 @@ def main(arguments=None, *, Config=Config, Learner=Learner, manual=__doc__):
         stopped = train(config, model, source, checkpoint, why, Learner)
     except Exception as error:
         data.free_workers(error)
-        sentence, code = explain(error, config)
-        if sentence is None:
-            raise
-        data.fail(sentence, code)
+        if sentence := explain(error, config):
+            data.fail(sentence, code=1)
+        raise
     rank, count = processes()
     if rank == 0 and stopped:
         start = "python" if count == 1 else f"torchrun --nproc-per-node {count}"
