@@ -560,7 +560,7 @@ def main(arguments=None):
     args = flags().parse_args(arguments)
     if args.plot:
         pyplot()
-    args.device, _ = pick_device(args.device)
+    args.device = pick_device(args.device)
     folder, runs = Path(args.out), read_runs(args.runs, args.blocks)
     sources = open_data(args, runs[0])
     check_output(folder, folder=True)

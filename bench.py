@@ -256,7 +256,7 @@ def main(arguments=None):
     flags.add_argument("--peer", action="store_true", help="beside Hugging Face's VideoMAE instead")
     flags.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder [runs/bench]")
     args = flags.parse_args(arguments)
-    args.device, _ = pick_device(args.device)
+    args.device = pick_device(args.device)
     args.slices = args.slices or default_slices(args.batch, args.device)
     if args.graph and not args.device.startswith("cuda"):
         raise ValueError("--graph is for an NVIDIA GPU; leave it out.")

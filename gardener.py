@@ -260,7 +260,7 @@ def print_pruning(args):
     """The tables of --prune, prune.json and figure_prune.png."""
     if args.plot:
         pyplot()
-    args.device, _ = pick_device(args.device)
+    args.device = pick_device(args.device)
     folder, runs, results = Path(args.out), read_runs(args.runs, args.blocks), {}
     check_output(folder, folder=True)
     models, sources = subjects(runs, args.before_norm), open_data(args, runs[0])

@@ -451,7 +451,7 @@ def flags():
 def main(arguments=None):
     """Print what can be read from every block, or write the features file."""
     args = flags().parse_args(arguments)
-    device, _ = data.pick_device(args.device)
+    device = data.pick_device(args.device)
     if args.features:
         data.check_output(args.features)
     runs = read_runs(args.runs, args.blocks)

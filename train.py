@@ -163,10 +163,10 @@ def processes():
 
 
 def resolve_defaults(config):
-    """Fill in what was left open: device, dtype, workers, the recipe of the size. Returns why this device."""
-    config.device, why = data.pick_device(config.device)
+    """Fill in what was left open: device, dtype, workers, the recipe of the size."""
+    config.device = data.pick_device(config.device)
     if config.device == "cuda" and processes()[1] > 1:
-        config.device, _ = data.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        config.device = data.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
     cuda = config.device.startswith("cuda")
     if config.graph and not (cuda and processes()[1] == 1):
         raise ValueError("--graph is for one process on an NVIDIA GPU; leave it out.")
@@ -183,7 +183,6 @@ def resolve_defaults(config):
             setattr(config, name, value)
     if config.min_lr > config.lr:
         raise ValueError(f"--min-lr {config.min_lr} is more than --lr {config.lr}; lower it.")
-    return why
 
 
 def resumed(Config, config, given):
@@ -247,7 +246,7 @@ def set_up(Config, config, given):
         if any(file.stat().st_size and file.name != "last.pt.tmp" for file in files):
             go_on = "go on with its run by --resume, or " if (out / "last.pt").is_file() else ""
             raise ValueError(f"{out} is not empty; {go_on}name another --out.")
-    why = resolve_defaults(config)
+    resolve_defaults(config)
     if model is None:
         torch.manual_seed(config.seed)
         model = Blockwise(**config.model_arguments())
@@ -264,7 +263,7 @@ def set_up(Config, config, given):
             )
         if not isinstance(step, int) or not 0 <= step <= most:
             raise ValueError(f"{config.out}/last.pt is of step {step}, outside of the run's 0 to {most}.")
-    return config, model.to(config.device).train(), source, checkpoint, why
+    return config, model.to(config.device).train(), source, checkpoint
 
 
 # ---- what is trained, by one process or several ----
@@ -454,10 +453,12 @@ def masks_of_step(config, model, step):
 # ---- what a run shows ----
 
 
-def describe(config, model, source, why, steps):
+def describe(config, model, source, steps):
     """Print what runs and on what."""
-    where = f"{config.device} ({why}), {config.dtype}"
-    print(f"{config.out}: {config.size}, {config.regime}, K = {config.blocks}, on {where}")
+    cuda = config.device.startswith("cuda")
+    where = torch.cuda.get_device_name() if cuda else f"CPU threads: {torch.get_num_threads()}"
+    print(f"{config.out}: {config.size}, {config.regime}, K = {config.blocks}")
+    print(f"device: {config.device} ({where}), {config.dtype}")
     if config.data:
         of = f"{source.total} videos in {config.data}"
         print(f"data: {len(source)} of {of}, classes: {len(source.classes)}")
@@ -623,7 +624,7 @@ def evaluate(model, clips, out, step, blocks):
 # ---- training ----
 
 
-def train(config, model, source, checkpoint, why, Learner):
+def train(config, model, source, checkpoint, Learner):
     """The training loop, from the checkpoint to the end or to a signal. Returns the signal, or None."""
     signals, out = catch_signals(), Path(config.out)
     steps, done = steps_of_stage(config, source), checkpoint["step"] if checkpoint else 0
@@ -638,7 +639,7 @@ def train(config, model, source, checkpoint, why, Learner):
     if leads:
         if checkpoint is None:
             data.check_output(out, folder=True)
-        describe(config, model, source, why, total - done)
+        describe(config, model, source, total - done)
         clips = fixed_clips(config, model, source)
         belongs = {"settings": asdict(config), "data": source.fingerprint, "total": total}
         start_folder(out, model, new=checkpoint is None, **belongs)
@@ -757,9 +758,9 @@ def explain(error, config):
 def main(arguments=None, *, Config=Config, Learner=Learner, manual=__doc__):
     """Train as the command line says. Another Config and Learner train in another way, in the same loop."""
     config, given = parse(Config, manual, arguments)
-    config, model, source, checkpoint, why = set_up(Config, config, given)
+    config, model, source, checkpoint = set_up(Config, config, given)
     try:
-        stopped = train(config, model, source, checkpoint, why, Learner)
+        stopped = train(config, model, source, checkpoint, Learner)
     except Exception as error:
         data.free_workers(error)
         if sentence := explain(error, config):
