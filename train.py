@@ -637,8 +637,6 @@ def train(config, model, source, checkpoint, Learner):
     learner = Learner(config, model, steps, checkpoint)
     leads = learner.rank == 0
     if leads:
-        if checkpoint is None:
-            data.check_output(out, folder=True)
         describe(config, model, source, total - done)
         clips = fixed_clips(config, model, source)
         belongs = {"settings": asdict(config), "data": source.fingerprint, "total": total}
@@ -714,7 +712,7 @@ def catch_signals():
 def start_folder(out, model, *, new, **belongs):
     """Make the folder of a new run, with a checkpoint of step 0: from here on it can be resumed."""
     if new:
-        out.mkdir(parents=True, exist_ok=True)
+        data.check_output(out, folder=True)
         lock_folder(out)
         if (out / "last.pt").exists():
             raise ValueError(f"{out} is in use by a run that has just started; choose another --out.")
