@@ -717,8 +717,7 @@ def start_folder(out, model, *, new, **belongs):
         if (out / "last.pt").exists():
             raise ValueError(f"{out} is in use by a run that has just started; choose another --out.")
         save(out / "last.pt", model, [], step=0, **belongs)
-    if not (out / "config.json").exists() or not (out / "config.json").stat().st_size:
-        (out / "config.json").write_text(json.dumps(belongs["settings"], indent=1) + "\n")
+    (out / "config.json").write_text(json.dumps(belongs["settings"], indent=1) + "\n")
 
 
 def show_end(model, clips, path):
