@@ -241,9 +241,8 @@ def set_up(Config, config, given):
             raise ValueError(f"{config.out} was trained on generated clips; leave out --list.")
     else:
         out = Path(config.out)
-        files = out.iterdir() if out.is_dir() else [out] if out.exists() else []
         # A start that was killed may leave empty files and half a checkpoint.
-        if any(file.stat().st_size and file.name != "last.pt.tmp" for file in files):
+        if out.is_dir() and any(f.stat().st_size and f.name != "last.pt.tmp" for f in out.iterdir()):
             go_on = "go on with its run by --resume, or " if (out / "last.pt").is_file() else ""
             raise ValueError(f"{out} is not empty; {go_on}name another --out.")
     resolve_defaults(config)
