@@ -190,9 +190,8 @@ def resumed(Config, config, given):
     if processes()[0] == 0 and (Path(config.out) / "last.pt").exists():
         lock_folder(Path(config.out))
     model, checkpoint = load(config.out)
-    saved = checkpoint.get("settings")
-    saved = saved if isinstance(saved, dict) else {}
-    odd = sorted(map(str, saved.keys() ^ {f.name for f in fields(Config)}))
+    saved = checkpoint.get("settings", {})
+    odd = sorted(saved.keys() ^ {f.name for f in fields(Config)})
     if odd or not checkpoint.keys() >= {"optimizers", "data"}:
         which = f"settings {', '.join(odd[:9])}" if odd else "no optimizers"
         raise ValueError(f"The checkpoint in {config.out} was not written by {config.program} ({which}).")
