@@ -1355,9 +1355,8 @@ def test_a_run_is_resumed_only_on_the_same_videos(folder, tmp_path):
     (moved / "walk" / "clip 01.MP4").unlink()
     assert "was started on other videos" in refused(train, "--resume", "--out", out, "--data", moved)
     run(train, *TINY_RUN, "--steps", 2, "--out", tmp_path / "generated")
-    assert "leave out --list" in refused(
-        train, "--resume", "--out", tmp_path / "generated", "--list", "videos.txt"
-    )
+    message = refused(train, "--resume", "--out", tmp_path / "generated", "--list", "videos.txt")
+    assert "--list is for videos; leave it out" in message
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
@@ -1410,7 +1409,7 @@ def test_every_setting_is_a_flag_and_every_flag_a_setting():
         ("--out=", "--out"),
         ("--data nowhere", "'nowhere' is not a folder"),
         ("--list some.txt", "say in which folder with --data"),
-        ("--stride 2", "--stride is for videos; say in which folder with --data"),
+        ("--stride 2", "--stride is for videos; leave it out, or say in which folder with --data"),
         ("--graph --device cpu", "--graph is for one process on an NVIDIA GPU; leave it out"),
         ("--learning-rate 1", "unrecognized arguments: --learning-rate"),
         ("--resume --out nowhere", "There is no checkpoint nowhere"),

@@ -142,9 +142,6 @@ def parse(Config, manual, arguments=None):
         given["tubelet"] = tuple(given["tubelet"])
     if {"steps", "epochs"} <= set(given):
         data.fail("--steps and --epochs both say how long to train; give one of them.")
-    videos_only = [name for name in ("list", "stride", "short") if name in given]
-    if videos_only and not {"data", "resume"} & set(given):
-        data.fail(f"{flag(videos_only[0])} is for videos; say in which folder with --data.")
     return Config(**given), set(given)
 
 
@@ -236,14 +233,15 @@ def set_up(Config, config, given):
     config.out, model, checkpoint = config.out or config.folder(), None, None
     if config.resume:
         config, model, checkpoint = resumed(Config, config, given)
-        if config.list and not config.data:
-            raise ValueError(f"{config.out} was trained on generated clips; leave out --list.")
     else:
         out = Path(config.out)
         # A start that was killed may leave empty files and half a checkpoint.
         if out.is_dir() and any(f.stat().st_size and f.name != "last.pt.tmp" for f in out.iterdir()):
             go_on = "go on with its run by --resume, or " if (out / "last.pt").is_file() else ""
             raise ValueError(f"{out} is not empty; {go_on}name another --out.")
+    for name in ("list", "stride", "short"):
+        if name in given and not config.data:
+            raise ValueError(f"{flag(name)} is for videos; leave it out, or say in which folder with --data.")
     resolve_defaults(config)
     if model is None:
         torch.manual_seed(config.seed)
