@@ -362,10 +362,8 @@ def open_data(args, run, probed=True):
     """
     if bool(args.train_list) != bool(args.test_list):
         raise ValueError("--train-list and --test-list go together; without both, 3 folds are drawn.")
-    if args.train_list and args.data in (None, "gratings", "double-gratings"):
-        raise ValueError("--train-list and --test-list name videos; say in which folder with --data.")
-    if (args.stride or args.short) and args.data in (None, "gratings", "double-gratings"):
-        raise ValueError("--stride and --short are for videos; say in which folder with --data.")
+    if (args.train_list or args.stride or args.short) and args.data in (None, "gratings", "double-gratings"):
+        raise ValueError("Lists, --stride and --short are for videos; say in which folder with --data.")
     video, settings = run.model.video, run.checkpoint["settings"]
     if args.data is None:
         sources = [data.Scenes("test", clips=args.clips or 3000, video=video)]
