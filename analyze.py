@@ -312,9 +312,7 @@ class Estimate(NamedTuple):
 
 
 def student_t(probability, freedom):
-    """The quantile of Student's t: the number below which it lies with this probability."""
-    if math.isnan(freedom):
-        return math.nan
+    """The quantile of Student's t: the number below which it lies with this probability; of nan, nan."""
     # Of the angle in t = sqrt(freedom) * tan(angle), the density is cos(angle)^(freedom - 1).
     freedom, steps = min(freedom, 1e3), 2000  # above 1000 it is normal
     angle = np.arange(steps + 1) / steps * math.pi - math.pi / 2
