@@ -458,14 +458,10 @@ def save_figure(path, panels):
     """Write a PNG file of several panels, each a function that draws on an axis, under one legend."""
     columns = len(panels) if len(panels) in (1, 2, 4) else 3
     rows = -(-len(panels) // columns)
-    size = (4.2 * columns, 3.4 * rows + 0.6)
-    figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis, draw in itertools.zip_longest(axes.flat, panels):
-        if draw:
-            draw(axis)
-        else:
-            axis.axis("off")
-    lines, titles = axes[0, 0].get_legend_handles_labels()
+    figure = pyplot().figure(figsize=(4.2 * columns, 3.4 * rows + 0.6), layout="constrained")
+    for place, draw in enumerate(panels, start=1):
+        draw(figure.add_subplot(rows, columns, place))
+    lines, titles = figure.axes[0].get_legend_handles_labels()
     figure.legend(lines, titles, loc="outside lower center", ncols=min(5, len(titles)), frameon=False)
     figure.savefig(path, dpi=150)
     pyplot().close(figure)
