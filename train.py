@@ -543,17 +543,14 @@ def peak_memory():
 
 def fixed_clips(config, model, source):
     """Clips and masks for the pictures and eval_loss: of the test split, or, of videos, those trained on."""
-    source, videos = source if config.data else data.Scenes("test", video=model.video), []
-    for index in np.linspace(0, len(source) - 1, min(FIXED_CLIPS, len(source))).astype(int):
-        try:
-            videos.append(torch.from_numpy(source.read(int(index))))
-        except data.READ_ERRORS:
-            pass  # named as soon as training meets it
-    if not videos:
-        raise ValueError(f"None of {FIXED_CLIPS} videos that were tried can be read.")
+    source = source if config.data else data.Scenes("test", video=model.video)
+    some = np.linspace(0, len(source) - 1, min(FIXED_CLIPS, len(source))).astype(int).tolist()
+    [clips] = data.evaluation_loader(source, indices=some, batch=len(some))
+    if not clips["index"]:  # broken videos are named as soon as training meets them
+        raise ValueError(f"None of {len(some)} videos that were tried can be read.")
     generator = torch.Generator().manual_seed(config.seed)
-    masks = tube_mask(len(videos), model.grid, config.mask, generator)
-    return [tensor.to(config.device) for tensor in (torch.stack(videos), *masks)]
+    masks = tube_mask(len(clips["index"]), model.grid, config.mask, generator)
+    return [tensor.to(config.device) for tensor in (clips["video"], *masks)]
 
 
 @torch.no_grad()
