@@ -66,7 +66,7 @@ def train_step(model, optimizers, video, visible, masked, *, dtype=None, clip=No
     Returns (losses, norms), each {block name: 0-d tensor}: L_k of every block that trains with a decoder, and
     the gradient norm of every block that trains, decoder included.
     """
-    patches, losses, norms = patchify(video, model.tubelet), {}, {}  # (B, N, P)
+    patches, losses, norms = model.patches(video), {}, {}  # (B, N, P)
     target = normalized_targets(gather_tokens(patches, masked))[0]  # (B, M, P)
     h = gather_tokens(patches, visible)  # (B, V, P)
     for group, optimizer in zip(model.groups, optimizers):
@@ -136,7 +136,7 @@ def make_optimizers(model, *, stage=0, lr=1e-4, betas=(0.9, 0.95), weight_decay=
     """A fresh AdamW (Sec. 3.4) for every group of blocks that trains, as train_step() wants them.
 
     stage: 0-based, for the sequential regime only: the blocks before it are frozen, those after it are not
-    reached.
+    reached. lr: train.py sets it anew before every step, the same in all groups.
     """
     # Paper does not say: betas, and that biases, norms and mask tokens do not decay. Both are VideoMAE's.
     # And that a sequential stage begins with a fresh AdamW and schedule: ours.
@@ -145,6 +145,7 @@ def make_optimizers(model, *, stage=0, lr=1e-4, betas=(0.9, 0.95), weight_decay=
         groups, optimizers = groups[stage : stage + 1], [None] * stage
     for group in groups:
         parameters = [p for name in group for p in trainable(model, name)]
+        # Also what you add, a table of positions for example, decays if it has two dimensions or more.
         matrices = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay}
         vectors = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
         fused = parameters[0].device.type in ("cpu", "cuda")
@@ -238,14 +239,18 @@ class Blockwise(nn.Module):
         """Stages of the training, each over all epochs: K in the sequential regime, else 1."""
         return len(self.groups) if REGIMES[self.config["regime"]].staged else 1
 
+    def patches(self, video):
+        """The tubelets of clips (B, T, H, W, C): (B, N, P). Raises ValueError if their size is not the model's."""
+        if tuple(video.shape[1:4]) != self.video:
+            raise ValueError(f"Clips of {tuple(video.shape[1:4])} for a model of (T, H, W) = {self.video}.")
+        return patchify(video, self.tubelet)
+
     def encode(self, video):
         """Representation after every block, nothing masked (Sec. 4): {"block1": (B, N, D), ...}.
 
         video: (B, T, H, W, C) uint8, or float in 0..1. Raises ValueError if its size is not the model's.
         """
-        if tuple(video.shape[1:4]) != self.video:
-            raise ValueError(f"Clips of {tuple(video.shape[1:4])} for a model of (T, H, W) = {self.video}.")
-        h, tokens = patchify(video, self.tubelet), {}  # (B, N, P)
+        h, tokens = self.patches(video), {}  # (B, N, P)
         everything = torch.arange(h.shape[1], device=h.device).expand(len(h), -1)  # (B, N)
         for name, block in self.blocks.items():
             h = tokens[name] = block(h, everything)  # (B, N, D)
@@ -258,7 +263,7 @@ class Blockwise(nn.Module):
         """
         if self.config["decoder_values"] is not None:
             return {}
-        h, predictions = gather_tokens(patchify(video, self.tubelet), visible), {}  # (B, V, P)
+        h, predictions = gather_tokens(self.patches(video), visible), {}  # (B, V, P)
         for name, block in self.blocks.items():
             h = block(h, visible)  # (B, V, D)
             if name in self.decoders:
@@ -382,7 +387,7 @@ def unwrap(checkpoint):
 
 def summary(error):
     """The beginning of what an error says."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 # ---- published checkpoints of VideoMAE (arXiv 2203.12602) ----

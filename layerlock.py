@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import train
 from blockwise import autocast, decoder_backward, optimizer_step, trainable
-from model import gather_tokens, normalized_targets, patchify
+from model import gather_tokens, normalized_targets
 from train import option
 
 
@@ -36,7 +36,7 @@ def layerlock_step(
 
     target: 0 for pixels. Frozen blocks build no graph. The other arguments, and what is returned: train_step()'s.
     """
-    patches, names = patchify(video, model.tubelet), list(model.blocks)  # (B, N, P)
+    patches, names = model.patches(video), list(model.blocks)  # (B, N, P)
     if target:
         wanted = latent_target(model, patches, masked, target, dtype)  # (B, M, D)
     else:

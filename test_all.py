@@ -328,6 +328,10 @@ def test_sizes_and_ratios_that_do_not_fit_are_refused():
         raises("at least one must be masked", tube_mask, 1, (2, 8, 8), ratio)
     raises("choose --blocks from 1, 2, 3, 4, 6, 12", Blockwise, blocks=5)
     raises("112 pixels in height.*try 96 or 128", Blockwise, video=(16, 112, 112), tubelet=(8, 32, 32))
+    model, (video, *masks) = toy(), batch(toy(video=(8, 64, 64)))
+    for function, *before in ((train_step, model, []), (model.encode,), (model.reconstruct,)):
+        rest = [] if function == model.encode else masks
+        raises("Clips of .8, 64, 64. for a model", function, *before, video, *rest)
 
 
 def test_one_seed_gives_one_encoder_at_every_K_and_regime_which_gives_every_block_by_name():

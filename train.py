@@ -523,10 +523,10 @@ class Log:
             file.write(json.dumps(record) + "\n")
         self.bar.set_postfix_str("loss " + " ".join(f"{loss:.3f}" for loss in record["loss"].values()))
         if "eval_loss" in record:
-            losses = record["eval_loss"] or record["loss"]  # no decoder predicts pixels: of the batch
-            losses = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+            which = "eval_loss" if record["eval_loss"] else "loss"  # no decoder predicts pixels: of the batch
+            losses = ", ".join(f"{name} {loss:.3f}" for name, loss in record[which].items())
             speed = f"{record['clips_per_s']:.0f} clips/s, {record['wait']:.0%} waiting for clips"
-            self.bar.write(f"step {record['step']}: loss of {losses}; lr {record['lr']:.1e}; {speed}")
+            self.bar.write(f"step {record['step']}: {which} of {losses}; lr {record['lr']:.1e}; {speed}")
         self.clips, self.waited, self.since = 0, 0.0, time.perf_counter()
 
 
