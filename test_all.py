@@ -384,7 +384,7 @@ def test_gradients_equal_those_of_the_sum_of_losses_and_reach_no_other_block(reg
 
 
 def test_sequential_trains_one_block_and_leaves_the_earlier_ones_bit_equal():
-    model = toy("sequential", blocks=4)
+    model, simultaneous = toy("sequential", blocks=4), toy("simultaneous", blocks=4)
     assert model.stages == 4
     for stage in range(4):
         before = weights(model)
@@ -392,14 +392,8 @@ def test_sequential_trains_one_block_and_leaves_the_earlier_ones_bit_equal():
         assert list(losses) == list(norms) == [f"block{stage + 1}"]
         changed = differing(before, weights(model))
         assert changed and all(f".block{stage + 1}." in name for name in changed)
-
-
-def test_block_1_learns_the_same_in_simultaneous_and_sequential():
-    models = [toy(regime) for regime in ("simultaneous", "sequential")]
-    for model in models:
-        learn(model)
-    assert not differing(*(weights(model.blocks["block1"]) for model in models))
-    assert not differing(*(weights(model.decoders["block1"]) for model in models))
+    learn(simultaneous, 2)  # in which block 1 learns the same
+    assert not any(".block1." in name for name in differing(weights(model), weights(simultaneous)))
 
 
 @pytest.mark.parametrize("regime", list(REGIMES))
