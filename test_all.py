@@ -210,6 +210,7 @@ def test_paper_mask_hides_57_of_64_tubes_leaves_14_tokens_and_is_reproducible():
     assert len({tuple(places) for places in first.tolist()}) == 100  # a mask of its own for every clip
     assert torch.bincount(first.flatten(), minlength=64).min() > 0  # every place can be seen
     assert same((visible, masked), tube_mask(100, (2, 8, 8), 0.9, torch.Generator().manual_seed(5)))
+    raises("at least one must be masked.* and one visible", tube_mask, 1, (2, 8, 8), 1.0)
 
 
 @pytest.mark.parametrize("video,tubelet", [((6, 12, 20), (2, 3, 5)), ((4, 8, 8), (4, 8, 8))])
@@ -323,15 +324,12 @@ def test_parameters_are_the_papers_count(size, width, millions, blocks):
         assert sum(p.numel() for p in model.parameters()) == encoder + decoders * decoder
 
 
-def test_sizes_and_ratios_that_do_not_fit_are_refused():
-    for ratio in (0.001, 1.0):
-        raises("at least one must be masked", tube_mask, 1, (2, 8, 8), ratio)
-    raises("choose --blocks from 1, 2, 3, 4, 6, 12", Blockwise, blocks=5)
-    raises("112 pixels in height.*try 96 or 128", Blockwise, video=(16, 112, 112), tubelet=(8, 32, 32))
+def test_clips_of_another_size_are_refused():
     model, (video, *masks) = toy(), batch(toy(video=(8, 64, 64)))
-    for function, *before in ((train_step, model, []), (model.encode,), (model.reconstruct,)):
-        rest = [] if function == model.encode else masks
-        raises("Clips of .8, 64, 64. for a model", function, *before, video, *rest)
+    words = "Clips of .8, 64, 64. for a model"
+    raises(words, train_step, model, [], video, *masks)
+    raises(words, model.encode, video)
+    raises(words, model.reconstruct, video, *masks)
 
 
 def test_one_seed_gives_one_encoder_at_every_K_and_regime_which_gives_every_block_by_name():
@@ -1350,7 +1348,6 @@ def test_every_setting_is_a_flag_and_every_flag_a_setting():
         ("--blocks 5", "choose --blocks from 1, 2, 3, 4, 6, 12"),
         ("--blocks four", "--blocks: 'four' must be an integer"),
         ("--pixels 60", "60 pixels in height is not a multiple of the tubelet's 8; try 56 or 64"),
-        ("--pixels 8", "change the ratio, or take larger clips or smaller tubelets"),
         ("--tubelet 0 0 0", "--tubelet: 0 must be an integer, at least 1"),
         ("--regime magic", "invalid choice: 'magic'"),
         ("--mask 0.001", "at least one must be masked"),
@@ -1988,7 +1985,6 @@ def test_wrong_calls_are_refused_before_the_measurements(program, three_runs, tm
         ("--batch 0", "at least 1"),
         ("--workers -2", "at least 0"),
         ("--clips 10000000000", "at most"),
-        ("--clips many", "must be an integer"),
         ("--data=", "is empty"),
         ("--device meta", "does not work here"),
         (f"{output} {tmp_path}/file/x", "cannot be written"),
