@@ -2102,12 +2102,6 @@ def test_layer_entropy_is_of_exact_float16_values():
     expected = -(counts / 3000 * np.log(counts / 3000)).sum()
     found = gardener.layer_entropy([weights[:2000].view(40, 50), weights[2000:].requires_grad_()])
     assert found == pytest.approx((expected, expected / np.log(3000)))
-    # Bins of equal width would reverse the order of these two.
-    rich = torch.cat([torch.linspace(0.1, 0.11, 1023), torch.ones(1)])  # many values, close together
-    poor = torch.linspace(0, 1, 16).repeat(64)  # few values, far apart
-    assert gardener.layer_entropy([rich])[0] > gardener.layer_entropy([poor])[0] + 1
-    binned = [torch.special.entr(torch.histc(x, bins=64) / len(x)).sum() for x in (rich, poor)]
-    assert binned[0] < binned[1] - 1
 
 
 @with_gardener
