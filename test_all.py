@@ -2348,7 +2348,7 @@ def test_a_simultaneous_step_keeps_the_activations_of_one_block_and_one_slice(bl
 @with_bench
 def test_saved_bytes_counts_each_buffer_once_and_no_weights():
     linear = torch.nn.Linear(8, 8)
-    x = torch.randn(4, 8)
+    x = torch.randn(4, 8, requires_grad=True)  # so that weights are saved, too
     with bench.saved_bytes(linear) as count:
         y = linear(x).exp()  # keeps x and its result
         z = linear(x[:2]) * linear(x[2:])  # keeps x again, and both factors
@@ -2357,16 +2357,6 @@ def test_saved_bytes_counts_each_buffer_once_and_no_weights():
         assert count["now"] == 4 * (4 * 8 + 2 * 2 * 8)
         z.sum().backward()
         assert count["now"] == 0
-
-
-@with_bench
-def test_frozen_blocks_run_without_a_graph():
-    model, peaks = toy("sequential", blocks=4), []
-    for stage in range(4):
-        with bench.saved_bytes(model) as kept:
-            train_step(model, make_optimizers(model, stage=stage), *batch(model, count=8))
-        peaks.append(kept["peak"])
-    assert max(peaks[1:3]) <= min(peaks[1:3]) * 1.01  # however many frozen blocks come before
 
 
 @with_bench
