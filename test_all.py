@@ -287,24 +287,6 @@ def test_decoder_equals_the_plain_way_with_all_tokens_in_their_places():
     torch.testing.assert_close(decoder(h, visible, masked), expected, rtol=1e-4, atol=1e-5)
 
 
-def pasted(thing):
-    """A function or class taken alone into an empty module that has only torch, its usual names and math."""
-    place = {"torch": torch, "nn": torch.nn, "F": F, "math": math, "np": np}
-    exec(inspect.getsource(thing), place)  # noqa: S102
-    return place[thing.__name__]
-
-
-def test_the_pieces_of_the_model_work_pasted_alone():
-    visible, masked = pasted(tube_mask)(2, (2, 4, 4), 0.75)
-    patches = pasted(patchify)(clips(2), (4, 8, 8))
-    embedding = pasted(TubeletEmbedding)(tokens=32, values=768, width=24)
-    h = pasted(Layer)(width=24, heads=2)(embedding(pasted(gather_tokens)(patches, visible), visible))
-    decoder = pasted(Decoder)(layers=[torch.nn.Identity()], tokens=32, values=768, encoder_width=24, width=16)
-    target, _, _ = pasted(normalized_targets)(gather_tokens(patches, masked))
-    assert decoder(h, visible, masked).shape == target.shape == (2, 24, 768)
-    assert torch.equal(pasted(unpatchify)(patches, TOY["video"], (4, 8, 8)), clips(2))
-
-
 # ---- blockwise.py ----
 
 
@@ -1856,7 +1838,15 @@ def test_student_t_is_the_tables():
     assert analyze.student_t(0.5, 3) == pytest.approx(0, abs=1e-3)
 
 
-METRICS = {  # every metric, alone in an empty module, does these calls
+PASTED = {  # every piece of the model and every metric, alone in an empty module, does these calls
+    tube_mask: "f(2, (2, 4, 4), 0.75)",
+    patchify: "f(video, (4, 8, 8))",
+    unpatchify: "f(torch.rand(2, 32, 768), (8, 32, 32), (4, 8, 8))",
+    gather_tokens: "f(torch.rand(2, 32, 24), places)",
+    normalized_targets: "f(torch.rand(2, 8, 768)); f(video.view(2, -1, 768))",
+    Layer: "f(width=24, heads=2)(torch.rand(2, 8, 24))",
+    TubeletEmbedding: "f(tokens=32, values=768, width=24)(torch.rand(2, 8, 768), places)",
+    Decoder: "f(layers=[], tokens=32, encoder_width=24, width=16)(torch.rand(2, 8, 24), places, places)",
     probe.logistic_probe: "f(x, y, x); f(x, torch.stack([y, y], dim=1), x, C=2.0)",
     probe.accuracies: "f(y, y)",
     probe.knn: "f(x, y, x)",
@@ -1873,10 +1863,12 @@ METRICS = {  # every metric, alone in an empty module, does these calls
 }
 
 
-@pytest.mark.parametrize("function,calls", METRICS.items(), ids=[f.__name__ for f in METRICS])
-def test_pasted_alone_it_works(function, calls):
-    x, y = torch.randn(40, 6), torch.arange(40) % 3
-    exec(calls, {"f": pasted(function), "torch": torch, "x": x, "y": y})  # noqa: S102
+@pytest.mark.parametrize("thing,calls", PASTED.items(), ids=[thing.__name__ for thing in PASTED])
+def test_pasted_alone_it_works(thing, calls):
+    place = {"torch": torch, "nn": torch.nn, "F": F, "math": math, "np": np}  # all that it may need
+    exec(inspect.getsource(thing), place)  # noqa: S102
+    names = {"f": place[thing.__name__], "torch": torch, "x": torch.randn(40, 6), "y": torch.arange(40) % 3}
+    exec(calls, names | {"video": clips(2), "places": torch.arange(8).expand(2, -1)})  # noqa: S102
 
 
 @pytest.fixture(scope="module")
