@@ -1298,7 +1298,6 @@ def test_every_setting_is_a_flag_and_every_flag_a_setting():
         ("--blocks four", "--blocks: 'four' must be an integer"),
         ("--pixels 60", "60 pixels in height is not a multiple of the tubelet's 8; try 56 or 64"),
         ("--tubelet 0 0 0", "--tubelet: 0 must be an integer, at least 1"),
-        ("--regime magic", "invalid choice: 'magic'"),
         ("--mask 0.001", "at least one must be masked"),
         ("--mask 1", "--mask: 1 must be a finite number, more than 0, below 1"),
         ("--lr 0", "--lr: 0 must be a finite number, more than 0"),
@@ -1312,7 +1311,6 @@ def test_every_setting_is_a_flag_and_every_flag_a_setting():
         ("--device meta", "try --device cpu"),
         ("--device warp", "try --device cpu"),
         ("--data=", "--data"),
-        ("--out=", "--out"),
         ("--data nowhere", "'nowhere' is not a folder"),
         ("--list some.txt", "say in which folder with --data"),
         ("--stride 2", "--stride is for videos; leave it out, or say in which folder with --data"),
@@ -2120,7 +2118,6 @@ def test_gardener_refuses_wrong_calls_and_runs_no_code(three_runs, tmp_path):
         ([sim, "--prune", "--pattern", "a{}"], "cannot probe"),
         ([sim, "--prune", "--out", file], "cannot be written"),
         ([sim, "--prune", "--device", "tpu"], "does not work here"),
-        ([sim, "--prune", "--stride", "0"], "at least 1"),
     ):
         message = refused(gardener, *arguments)
         assert sentence in message and "weights_only" not in message
@@ -2394,12 +2391,10 @@ def test_packing_refuses_what_cannot_work_before_the_work(tmp_path, monkeypatch)
         ([source, source / "packed"], "packed twice"),
         ([source, packed, "--side", "64"], "other settings"),
         ([source, tmp_path / "full"], "was not packed by this program"),
-        ([source, source / "a.mp4" / "packed"], "packed twice"),
         ([source, mine], "mine.txt cannot be written"),
         ([source, mine / "packed"], "packed cannot be written"),
         ([source, ""], "DST is an empty name"),
         ([tmp_path / "none"], "is not a folder"),
-        ([""], "'' is not a folder"),
         ([source, "--every", "2"], "wants a folder"),
         ([source, tmp_path / "new", "--every", "3"], "must be a multiple of --every 3"),
         ([source, "--stride", "0"], "0 must be an integer, at least 1"),
