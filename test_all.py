@@ -1836,6 +1836,21 @@ def test_student_t_is_the_tables():
     assert analyze.student_t(0.5, 3) == pytest.approx(0, abs=1e-3)
 
 
+def test_a_verdict_is_by_welchs_error_and_bonferronis_correction():
+    seeds, clips_of_seeds = (
+        [np.array([1.0, 2, 4]), -np.array([0.0, 1, 1, 3])],
+        [np.zeros((3, 2)), np.ones((4, 2))],
+    )
+    found = analyze.sum_of_means(seeds, clips_of_seeds)  # test clips that all agree add no error
+    assert found == pytest.approx((7 / 3 - 5 / 4, 1.0833333, 3.8832087), rel=1e-6)
+    clips_of_seeds[0][:] = [0, 2]
+    assert analyze.sum_of_means(seeds, clips_of_seeds).error == pytest.approx((1.0833333**2 + 1) ** 0.5)
+    far = (analyze.Estimate(0.33, 0.01, 4), -math.inf, 0.3, "")  # the interval of 95 % ends at .302
+    near = (analyze.Estimate(0.0, 0.01, 4), -math.inf, 0.3, "")
+    assert [analyze.decide(parts) for parts in ([near], [far])] == ["confirmed", "refuted"]
+    assert analyze.decide([near, far]) == "cannot tell"  # one of two that lies outside: its interval is wider
+
+
 PASTED = {  # every piece of the model and every metric, alone in an empty module, does these calls
     tube_mask: "f(2, (2, 4, 4), 0.75)",
     patchify: "f(video, (4, 8, 8))",
