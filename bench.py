@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from blockwise import REGIMES, Blockwise, autocast, make_optimizers, train_step
 from data import Parser, check_output, number, pick_device, program
-from model import SIZES, gather_tokens, normalized_targets, patchify
+from model import SIZES, gather_tokens, normalized_targets
 from train import Config, Graph, default_slices, masks_of_step
 
 
@@ -61,7 +61,7 @@ def saved_bytes(model):
 
 def summed_loss(model, video, visible, masked):
     """The sum of all local losses in one graph: the obvious way, which train_step() is compared with."""
-    patches, total = patchify(video, model.tubelet), 0.0  # (B, N, P)
+    patches, total = model.patches(video), 0.0  # (B, N, P)
     target = normalized_targets(gather_tokens(patches, masked))[0]  # (B, M, P)
     h, isolated = gather_tokens(patches, visible), REGIMES[model.config["regime"]].stop_gradient  # (B, V, P)
     for name, block in model.blocks.items():

@@ -240,7 +240,7 @@ class Blockwise(nn.Module):
         return len(self.groups) if REGIMES[self.config["regime"]].staged else 1
 
     def patches(self, video):
-        """The tubelets of clips (B, T, H, W, C): (B, N, P). Raises ValueError if their size is not the model's."""
+        """Tubelets (B, N, P) of clips (B, T, H, W, C). Raises ValueError if their size is not the model's."""
         if tuple(video.shape[1:4]) != self.video:
             raise ValueError(f"Clips of {tuple(video.shape[1:4])} for a model of (T, H, W) = {self.video}.")
         return patchify(video, self.tubelet)

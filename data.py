@@ -1,7 +1,7 @@
 """Clips to train on: generated moving scenes (no download), or any folder of videos, read with PyAV.
 
-Römer & Dickscheid, arXiv 2601.09040, Sec. 3.2, 3.3: 16 frames at stride 4; random crop and flip for training,
-centre crop for evaluation; videos that are too short are dropped.
+Römer & Dickscheid, arXiv 2601.09040, Sec. 3.2, 3.3: 16 frames at stride 4; random crop and flip for
+training, centre crop for evaluation; videos that are too short are dropped.
 
     source = Scenes("train")                          # or Videos("UCF-101", list_file="trainlist01.txt")
     for batch in loader(source, batch=32, last=1500):

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from analyze import draw_band, pyplot, save_figure, to_json
 from blockwise import read_checkpoint, unwrap
 from data import check_output, pick_device, program
-from model import patchify
 from probe import extract, open_data, parser, print_table, probe_accuracy, read_runs, split, subjects
 
 # ---- importance without data ----
@@ -120,7 +119,7 @@ class Pruned(torch.nn.Module):
 
     def encode(self, video):
         """video (B, T, H, W, C) to {frozenset: (B, N, D)}, the tokens after the last block of every copy."""
-        blocks, patches = list(self.model.blocks.values()), patchify(video, self.model.tubelet)  # (B, N, P)
+        blocks, patches = list(self.model.blocks.values()), self.model.patches(video)  # (B, N, P)
         places = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)  # (B, N)
         tokens = dict.fromkeys(self.removed, blocks[0].embedding(patches, places))  # (B, N, D)
         for number, layer in enumerate((layer for block in blocks for layer in block.layers), start=1):

@@ -159,8 +159,8 @@ class LayerLock(train.Learner):
 
     def learning_rate(self, step):
         """With a short warm-up after each switch."""
-        # Paper does not say: how long that warm-up is, and whether freezing alone has one. Ours has, of the same
-        # share as at the start.
+        # Paper does not say: how long that warm-up is, and whether freezing alone has one. Ours has; it is the
+        # same share as at the start.
         c, frozen = self.config, self.frozen(step)
         warm = round(c.warmup * (c.freeze_every or self.steps - c.freeze_start))
         since = step - c.freeze_start - c.freeze_every * (frozen - 1)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 import train
 from blockwise import autocast, decoder_backward, make_optimizers, optimizer_step
-from model import gather_tokens, normalized_targets, patchify
+from model import gather_tokens, normalized_targets
 
 TOKENS, VIDEO, CODE = 1, 2, 3  # kinds of message
 
@@ -70,7 +70,7 @@ class Pipeline(train.Learner):
         shape = (c.batch, *self.model.video, 3)
         video = video.to(c.device) if self.rank == 0 else self.receive(shape, torch.uint8, VIDEO)
         self.send(video, VIDEO)
-        patches = patchify(video, self.model.tubelet)  # (B, N, P)
+        patches = self.model.patches(video)  # (B, N, P)
         target = normalized_targets(gather_tokens(patches, masked))[0]  # (B, M, P)
         if self.rank == 0:
             h = gather_tokens(patches, visible)  # (B, V, P)

@@ -175,7 +175,7 @@ def extract(models, sources, batch=32, workers=0, device="cpu", measure=None):
     """One pass over clips through several models, nothing masked, fp32.
 
     models: {title: model with encode()}. sources: [(source, indices)]. Broken files are named and left out.
-    measure: also collect this function of a block's tokens (B, N, D), which returns (B,), or (B, m) of m measurements.
+    measure: also collect this function of a block's tokens (B, N, D), which returns (B,) or (B, m).
     Returns features {(title, "block1"): (n, D), ...}, the mean over tokens after every block (Sec. 4), and
     {(title, "block1", "measure"): (n,), ...}; targets (n, L), class numbers in labels; names of the clips;
     labels {target: classes}; sizes, how many clips each source gave. Raises ValueError if it is none.

@@ -1837,10 +1837,8 @@ def test_student_t_is_the_tables():
 
 
 def test_a_verdict_is_by_welchs_error_and_bonferronis_correction():
-    seeds, clips_of_seeds = (
-        [np.array([1.0, 2, 4]), -np.array([0.0, 1, 1, 3])],
-        [np.zeros((3, 2)), np.ones((4, 2))],
-    )
+    seeds = [np.array([1.0, 2, 4]), -np.array([0.0, 1, 1, 3])]
+    clips_of_seeds = [np.zeros((3, 2)), np.ones((4, 2))]
     found = analyze.sum_of_means(seeds, clips_of_seeds)  # test clips that all agree add no error
     assert found == pytest.approx((7 / 3 - 5 / 4, 1.0833333, 3.8832087), rel=1e-6)
     clips_of_seeds[0][:] = [0, 2]

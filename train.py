@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import data
 from blockwise import REGIMES, Blockwise, count_parameters, load, make_optimizers, save, train_step
-from model import SIZES, gather_tokens, normalized_targets, patchify, tube_mask, unpatchify
+from model import SIZES, gather_tokens, normalized_targets, tube_mask, unpatchify
 
 # tiny and small: the paper's recipe (Sec. 3.2, 3.4). Paper does not say: batch size. nano and base are ours.
 RECIPES = {
@@ -566,7 +566,7 @@ def draw(model, clips, path, blocks):
     predictions = {name: prediction for name, prediction in predictions.items() if name in blocks}
     if not predictions:
         return {}
-    patches = patchify(video, model.tubelet).float()  # (B, N, P)
+    patches = model.patches(video).float()  # (B, N, P)
     target, mean, std = normalized_targets(gather_tokens(patches, masked) / 255)  # (B, M, P)
     losses = {name: F.mse_loss(prediction.float(), target).item() for name, prediction in predictions.items()}
 
@@ -720,7 +720,7 @@ def show_end(model, clips, path):
         words = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         print(f"reconstruction loss by block, on {len(clips[0])} fixed clips: {words}")
         video, _, masked = clips
-        target = normalized_targets(gather_tokens(patchify(video, model.tubelet), masked))[0]  # (B, M, P)
+        target = normalized_targets(gather_tokens(model.patches(video), masked))[0]  # (B, M, P)
         mean = target.square().mean()  # near 1, but for flat tubelets
         print(f"  (predicting the mean of every tubelet gives {mean:.3f}; {path} shows it)")
 
