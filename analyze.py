@@ -463,7 +463,7 @@ def save_figure(path, panels):
     for place, draw in enumerate(panels, start=1):
         draw(figure.add_subplot(rows, columns, place))
     lines, titles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(lines, titles, loc="outside lower center", ncols=min(5, len(titles)), frameon=False)
+    figure.legend(lines, titles, loc="outside lower center", ncols=2 * columns - 1, frameon=False)
     figure.savefig(path, dpi=150)
     pyplot().close(figure)
 
@@ -500,7 +500,8 @@ def draw_gains(axis, groups, name):
         cka = g.values("linear CKA").mean(axis=0).diagonal(1)
         gain = np.diff(g.values(name).mean(axis=0))
         axis.plot(cka, gain, "o", label=g.name, color=colour_of(g, groups))
-        for k, place in enumerate(zip(cka, gain) if g.K <= 6 else (), start=1):  # more would not be legible
+        for k in {1, g.K - 1} if g.K > 1 else ():  # the others lie too close to be legible
+            place = cka[k - 1], gain[k - 1]
             axis.annotate(f"{k}→{k + 1}", place, textcoords="offset points", xytext=(5, 4), fontsize=8)
     axis.axhline(0, color="gray", linewidth=0.8)
     axis.margins(x=0.12)
