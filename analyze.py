@@ -92,11 +92,8 @@ def spectrum(x):
 
 def uniformity(x):
     """Uniformity on the sphere (Sec. 4) of x (n, D): log mean exp(-2 |z_i - z_j|^2) of pairs; float64."""
-    z, total = F.normalize(x.double(), dim=1), 0.0
-    for part in z.split(1024):
-        cosine = part @ z.T  # |z_i - z_j|^2 = 2 - 2 cosine
-        total += cosine.sub_(1).mul_(4).exp_().sum().item()
-    return math.log((total - len(z)) / (len(z) * (len(z) - 1)))  # without the pairs (i, i)
+    distance = torch.pdist(F.normalize(x.double(), dim=1))  # of every pair
+    return distance.square_().mul_(-2).exp_().mean().log().item()
 
 
 def occlusion_drop(accuracy, occluded):
@@ -286,7 +283,7 @@ def make_groups(runs, results, by_clip):
     """Groups of the runs, in order, from what measure() returned."""
     groups = []
     for name in dict.fromkeys(run.group for run in runs):
-        seeds = [run for run in runs if run.group == name]
+        seeds = sorted((run for run in runs if run.group == name), key=lambda run: run.seed)
         run, blank = seeds[0], seeds[0].untrained
         shape = run.model.config["blocks"], run.setting
         fresh = Group(blank, "untrained", *shape, [results[blank]], [by_clip[blank]])
@@ -396,7 +393,8 @@ def saturation(groups):
     """[(Estimate, low, high, words)]: what the last block gains, and its linear CKA with the block before.
 
     Each is one number, the mean over the groups (of several seeds, if there are any), and compares two blocks
-    of the same run.
+    of the same run. Runs of one seed share weights, clips and masks, so they are no independent samples: what
+    is sampled are the seeds, as many as every group has.
     """
     if not groups:
         return []
@@ -410,7 +408,9 @@ def saturation(groups):
         by_clip.append(unit * np.stack([np.diff(clips["accuracy"][-2:], axis=0)[0] for clips in g.by_clip]))
         similar.append(cka / len(groups))
         words.append(f"{g.name} {100 * steps.mean():+.2f} points, CKA {cka.mean():.3f}")
-    share, cka = sum_of_means(by_run, by_clip), sum_of_means(similar)
+    seeds = min(map(len, by_run))
+    share = sum_of_means([sum(values[:seeds] for values in by_run)], by_clip)
+    cka = sum_of_means([sum(values[:seeds] for values in similar)])
     gains = f"the last block gains, of what training gains, {describe(share, ' %', 100)}: {'; '.join(words)}"
     alike = f"its linear CKA with the block before is {describe(cka)}"
     return [(share, -NO_GAIN, NO_GAIN, gains), (cka, CKA_SATURATED, math.inf, alike)]
@@ -422,6 +422,9 @@ def claims(groups):
     pairs = [(a, b) for a in groups for b in blockwise if a.setting == b.setting]
     ends = [(a, b) for a, b in pairs if a.regime == "e2e"]
     starts = [(a, b) for a, b in ends if b.K > 1 and a.K % b.K == 0]  # a has been read after b's block 1, too
+    # Block 1 of sequential training is that of simultaneous training: the same weights would count twice.
+    twins = [(b.K, b.setting) for _, b in starts if b.regime == "simultaneous"]
+    starts = [(a, b) for a, b in starts if b.regime == "simultaneous" or (b.K, b.setting) not in twins]
     orders = [(a, b) for a, b in pairs if (a.regime, b.regime, a.K) == ("simultaneous", "sequential", b.K)]
     finer = [(a, b) for a, b in pairs if a.regime == b.regime and a.K < b.K]
     # A finer group is compared with the coarsest.

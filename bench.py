@@ -189,7 +189,7 @@ def saved_by_blocks(args):
     for blocks in tqdm((1, 2, 3, 4, 6, 12), "memory by K", leave=False):
         model, step = case(args, "simultaneous", blocks, args.slices)
         few = min(4, args.batch)  # what the obvious way saves grows with the clips
-        with saved_bytes(model) as summed:
+        with saved_bytes(model) as summed, autocast(torch.empty(0, device=args.device), precision(args)):
             summed_loss(model, *(x[:few] for x in noise(args, model)))
         with saved_bytes(model) as stepwise:
             step()

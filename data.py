@@ -86,7 +86,7 @@ class Scenes:
         """What to call clip `index` in a message."""
         return f"generated clip {index}"
 
-    def check_broken(self, found):
+    def check_broken(self, found, none_left=False):
         """As in Videos; generated clips do not break."""
         return {}
 
@@ -253,9 +253,7 @@ class Gratings:
         """What to call clip `index`: its parameters."""
         return ", ".join(f"{name} {value}" for name, value in self.stimulus(index).items())
 
-    def check_broken(self, found):
-        """As in Videos; generated clips do not break."""
-        return {}
+    check_broken = Scenes.check_broken
 
     def stimulus(self, index):
         """Parameters of clip `index`, by name."""
@@ -307,7 +305,8 @@ class Videos:
     video: (T, H, W) of a clip. stride: take every stride-th frame.
     short: what happens to videos of fewer than T * stride frames: "drop" (the paper's rule) leaves them out,
     "repeat" repeats their last frame.
-    `broken` {name: reason} are the files that cannot be read, `dropped` {name: frames} the short ones.
+    `broken` {name: reason} are the files that cannot be read, `dropped` {name: frames} those that are short, or
+    were where they were read: damage may have ended a clip.
     Raises ValueError if no usable video is left, or if more than MAX_BROKEN of them are broken.
     """
 
@@ -329,7 +328,7 @@ class Videos:
                 self.files.append((path, label))
             else:
                 left_out[printable(path)] = count
-        self.check_broken(left_out)
+        self.check_broken(left_out, none_left=not self.files)
         kept = {label for _, label in self.files}
         self.classes = tuple(label for label in classes if label in kept)
         self.labels = {"class": self.classes}
@@ -359,18 +358,18 @@ class Videos:
         clip = read_clip(path, video=self.video, start=start, crop=(top, left), **rules)
         return np.ascontiguousarray(clip[:, :, ::-1]) if mirror > 0.5 else clip
 
-    def check_broken(self, found):
+    def check_broken(self, found, none_left=False):
         """Note videos that turned out broken {name: reason} or short {name: frames}.
 
-        Returns the new ones {name: reason}. ValueError if too many are broken, or none is left.
+        none_left: all others have been tried in vain, too. Returns the new ones {name: reason}. ValueError if
+        too many are broken, or none is left.
         """
         new = {}
         for name, what in found.items():
             if name not in self.broken and name not in self.dropped:
                 short = isinstance(what, int)
                 (self.dropped if short else self.broken)[name] = what
-                new[name] = f"too short: {what} frames" if short else what
-        none_left = len(self.broken) + len(self.dropped) == self.total
+                new[name] = f"ends, or is damaged, after {what} frames" if short else what
         if none_left and self.dropped:
             fits = max(self.dropped.values()) // self.video[0]
             fix = f"--stride {fits} would fit the longest, " if fits else ""
@@ -790,20 +789,21 @@ class Stream(Dataset):
         epoch, place = divmod(k, clips)
         first = int(epoch_order(self.seed, epoch, clips)[place])
         rng = np.random.default_rng((self.seed, 1, epoch, first))
-        for tried in range(clips):
+        for tried in range(max(clips, 100)):  # of few, each again from another start: damage may end a clip
             sample = read_sample(self.source, (first + tried) % clips, rng)
             broken |= sample["broken"]
             if sample["video"] is not None:
                 break
-        return sample | {"broken": broken}  # all broken: check_broken() ends the run
+        return sample | {"broken": broken}  # without a video, if none is left
 
 
 def collate(samples):
-    """A batch: video (B, T, H, W, C) uint8 or None, index [B], broken as check_broken() takes it."""
+    """A batch: video (B, T, H, W, C) uint8 or None, index [B], how many clips are missing, broken files."""
     read = [sample for sample in samples if sample["video"] is not None]
     return {
         "video": torch.stack([sample["video"] for sample in read]) if read else None,
         "index": [sample["index"] for sample in read],
+        "missing": len(samples) - len(read),
         "broken": {name: why for sample in samples for name, why in sample["broken"].items()},
     }
 

@@ -15,6 +15,7 @@ throughout.
 Shapes as in model.py: B batch, N tokens, V visible, M masked, D width, K blocks.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -180,7 +181,8 @@ def resolve_schedule(config, steps):
     if config.freeze_start is None:
         config.freeze_start = steps // 3
     if config.freeze_until is None:
-        config.freeze_until = max(1, min(round(2 / 3 * config.blocks), steps - config.freeze_start))
+        fit = math.ceil((steps - config.freeze_start) / (config.freeze_every or 1))
+        config.freeze_until = max(1, min(round(2 / 3 * config.blocks), fit))
     if config.freeze_every is None:
         every = max(1, (steps - config.freeze_start) // config.freeze_until)
         config.freeze_every = every if config.freeze_start >= 0 else 0

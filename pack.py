@@ -62,6 +62,8 @@ def pack_video(source, target, partial, *, side, every, stop):
                 yield data.upright_crop(frame, reformatter, H, W, (0.5, 0.5))
 
         data.write_video(partial, images(), rate=rate, codec="mpeg4", options=CODEC)
+        if left := data.count_packets(container, stream):
+            tqdm.write(f"damaged: {printable(source.name)} (its last {left} frames are not in the copy)")
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(partial, target)
 

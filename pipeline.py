@@ -62,7 +62,7 @@ class Pipeline(train.Learner):
         """Only rank 0 reads clips."""
         if self.rank == 0:
             return super().batches(source, first, last)
-        return itertools.repeat({"video": None, "index": [], "broken": {}})
+        return itertools.repeat({"video": None, "index": [], "missing": 0, "broken": {}})
 
     def step(self, video, visible, masked):
         """Receive h_{k-1}, compute h_k, send it on; then the local loss and the optimizer step of block k."""

@@ -507,7 +507,8 @@ class Log:
         start = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - start
-        for path, reason in source.check_broken(batch["broken"]).items():
+        found = source.check_broken(batch["broken"], none_left=batch["missing"] > 0)
+        for path, reason in found.items():
             self.bar.write(f"left out, the next good video takes its place: {path} ({reason})")
         return batch
 
