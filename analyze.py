@@ -507,7 +507,7 @@ def draw_gains(axis, groups, name):
             place = cka[k - 1], gain[k - 1]
             axis.annotate(f"{k}→{k + 1}", place, textcoords="offset points", xytext=(5, 4), fontsize=8)
     axis.axhline(0, color="gray", linewidth=0.8)
-    axis.margins(x=0.12)
+    axis.margins(0.15)
     axis.set(title="gain by transition", xlabel="linear CKA", ylabel=f"gain in {name}")
     axis.grid(alpha=0.3)
 
