@@ -1449,6 +1449,7 @@ def test_probe_equals_scikit_learn_at_C_1():
     linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
     for noise in (1.5, 6.0):
         x, y = clusters(noise=noise)
+        x[:, 0] *= 1e-9  # a feature of any scale counts
         targets = torch.stack([y, y % 2], dim=1)  # of two classes scikit-learn penalises one weight vector
         found = probe.logistic_probe(x[:200], targets[:200], x[200:])
         alone = probe.logistic_probe(x[:200], y[:200], x[200:])
@@ -1704,7 +1705,7 @@ def test_spectrum_of_known_eigenvalues():
 
 def test_uniformity_against_all_pairs_and_occlusion_drop():
     x = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
-    x[3] = 0.0  # no direction: it stays in the middle
+    x[3] = 0.0  # no direction: it stays at the centre
     z = F.normalize(x.double(), dim=1)
     pairs = [np.exp(-2 * ((z[i] - z[j]) ** 2).sum().item()) for i in range(12) for j in range(i)]
     assert analyze.uniformity(x) == pytest.approx(np.log(np.mean(pairs)), rel=1e-6)
