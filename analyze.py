@@ -422,12 +422,10 @@ def claims(groups):
     pairs = [(a, b) for a in groups for b in blockwise if a.setting == b.setting]
     ends = [(a, b) for a, b in pairs if a.regime == "e2e"]
     starts = [(a, b) for a, b in ends if b.K > 1 and a.K % b.K == 0]  # a has been read after b's block 1, too
-    # Block 1 of sequential training is that of simultaneous training: the same weights would count twice.
-    twins = [(b.K, b.setting, len(b.results)) for _, b in starts if b.regime == "simultaneous"]
-    starts = [
-        (a, b) for a, b in starts if b.regime != "sequential" or (b.K, b.setting, len(b.results)) not in twins
-    ]
     orders = [(a, b) for a, b in pairs if (a.regime, b.regime, a.K) == ("simultaneous", "sequential", b.K)]
+    # Block 1 of sequential training is that of simultaneous training: the same weights would count twice.
+    twins = [b.name for a, b in orders if len(a.results) == len(b.results)]
+    starts = [(a, b) for a, b in starts if b.name not in twins]
     finer = [(a, b) for a, b in pairs if a.regime == b.regime and a.K < b.K]
     # A finer group is compared with the coarsest.
     finer = [(a, b) for a, b in finer if a.K == min(c.K for c, other in finer if other is b)]
