@@ -108,7 +108,7 @@ def freeze_blocks(model, optimizer, *, frozen, target=0):
 class Config(train.Config):
     """train.py's settings, and the schedule."""
 
-    program: ClassVar[str] = "layerlock.py"
+    program: ClassVar[str] = "-m extras.layerlock"
     regime: Literal["layerlock"] = option("layerlock", "the only one here")
     blocks: int = option(12, "K, what is frozen at a time; the paper's is one layer", least=2, most=1000)
     target: Literal["latent", "pixels"] = option(

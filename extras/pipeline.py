@@ -30,7 +30,7 @@ TOKENS, VIDEO, CODE = 1, 2, 3  # kinds of message
 class Config(train.Config):
     """train.py's settings."""
 
-    program: ClassVar[str] = "pipeline.py"
+    program: ClassVar[str] = "-m extras.pipeline"
 
 
 class Pipeline(train.Learner):

@@ -1,0 +1,448 @@
+"""The promises of extras/, each as a test: python -m pytest -q extras
+
+Helpers and fixtures are those of test_all.py.
+"""
+
+import json
+import os
+import re
+import signal
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import probe
+import train
+from blockwise import REGIMES, Blockwise, load, make_optimizers, save, train_step
+from extras import bench, gardener, layerlock, pack, pipeline
+from model import SIZES, gather_tokens, patchify
+from test_all import (
+    TINY_RUN,
+    TOY,
+    batch,
+    call,
+    check_death,
+    check_resuming,
+    clip_numbers,
+    clips,
+    contents,
+    differing,
+    exit_code,
+    learn,
+    log_lines,
+    nearest_mean,
+    numbers,
+    picked,
+    raises,
+    refused,
+    run,
+    same,
+    several,
+    start,
+    state_of,
+    stop_at,
+    summed_loss,
+    toy,
+    wait_for,
+    weights,
+    write_copies,
+    write_damaged,
+    write_numbered,
+)
+
+# ---- gardener.py ----
+
+
+def test_layer_entropy_is_of_exact_float16_values():
+    assert gardener.layer_entropy([torch.full((5, 7), 0.3)]) == (0.0, 0.0)
+    found = gardener.layer_entropy([torch.tensor([[1.0, 2.0]]), torch.tensor([3.0, 4.0])])
+    assert found == pytest.approx((np.log(4), 1))
+    assert gardener.layer_entropy([torch.tensor([0.0, -0.0])])[0] == 0.0
+    assert gardener.layer_entropy([torch.tensor([1.0, 1.0001])])[0] == 0.0  # one float16 value
+    weights = torch.randn(3000, generator=torch.Generator().manual_seed(0))
+    counts = np.unique(weights.numpy().astype(np.float16), return_counts=True)[1]
+    expected = -(counts / 3000 * np.log(counts / 3000)).sum()
+    found = gardener.layer_entropy([weights[:2000].view(40, 50), weights[2000:].requires_grad_()])
+    assert found == pytest.approx((expected, expected / np.log(3000)))
+
+
+def test_pruning_removes_the_named_layers_and_leaves_a_model_that_loads():
+    model, video = toy().eval(), clips(2)
+    before = weights(model)
+    pruned = gardener.prune(model, [2, 3])  # the last of block 1, the first of block 2
+    gone = [key for key in before if key.startswith(("blocks.block1.layers.1.", "blocks.block2.layers.0."))]
+    assert pruned.state_dict().keys() == before.keys() - gone and len(gone) == 2 * 12
+    assert not differing(before, weights(model))  # a copy
+    again = gardener.prune(toy(seed=1), [2, 3]).eval()
+    again.load_state_dict(pruned.state_dict())
+    x, index = patchify(video, model.tubelet), torch.arange(32).expand(2, -1)
+    first, last = model.blocks["block1"], model.blocks["block2"]
+    by_hand = last.norm(last.layers[1](first.layers[0](first.embedding(x, index))))
+    for found in (pruned, again):
+        assert torch.equal(found.encode(video)["block2"], by_hand)
+    removed = [frozenset(layers) for layers in ((), (1,), (2, 3), (1, 2, 3, 4))]
+    for layers, tokens in gardener.Pruned(model, removed).encode(video).items():
+        assert torch.equal(tokens, gardener.prune(model, layers).encode(video)["block2"])
+    raises("there are 1 to 4", gardener.prune, model, [5])
+
+
+def test_spearman_with_ties():
+    assert gardener.spearman([1, 2, 3, 9], [10, 20, 30, 31]) == pytest.approx(1)
+    assert gardener.spearman([1, 2, 2, 3], [4, 3, 2, 1]) == pytest.approx(-4.5 / np.sqrt(4.5 * 5))
+    assert np.isnan(gardener.spearman([1, 1, 1], [1, 2, 3]))
+
+
+def test_entropy_ranks_videomae_and_hugging_face_checkpoints(tmp_path):
+    four, six = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), ("intermediate.dense", "output.dense")
+    six += tuple(f"attention.{name}" for name in ("attention.query", "attention.key", "attention.value"))
+    six += ("attention.output.dense",)
+
+    def state(form, names):
+        return {form.format(i, n): torch.arange(i + 1.0) for i in (0, 10) for n in names}
+
+    authors = state("encoder.blocks.{}.{}.weight", four) | state("decoder.blocks.{}.{}.weight", four)
+    authors["encoder.patch_embed.proj.weight"] = torch.zeros(9)
+    authors |= {f"encoder.blocks.{i}.norm1.weight": torch.arange(99.0) for i in (0, 10)}
+    hugging_face, own = state("videomae.encoder.layer.{}.{}.weight", six), state("trunk.{}.{}.w", four)
+    path, pattern = tmp_path / "checkpoint.pth", r"trunk\.{}\..*\.w"
+    wrapped = {f"module.{key}": value for key, value in authors.items()}  # by data parallel training
+    forms = ((authors, 4, ()), (wrapped, 4, ()), (hugging_face, 6, ()), (own, 4, ("--pattern", pattern)))
+    for one, count, flags in forms:
+        found = gardener.layer_weights(one, *flags[1:])
+        assert list(found) == [(0,), (10,)] and [len(w) for w in found.values()] == [count, count]
+        torch.save({"model": one, "args": argparse.Namespace(lr=1e-4)}, path)  # as in VideoMAE's files
+        expected = rf"layer 10 +{np.log(11):.3f} .*\nlowest first: layer 0, layer 10"
+        assert re.search(expected, run(gardener, path, *flags)[0])
+    assert "No key fits" in refused(gardener, path)
+    three = {f"a{i}.b{i}.c{i}.fc{n}": torch.arange(i + 1.0) for i in (1, 2) for n in (1, 2)}
+    torch.save(three, path)
+    found = run(gardener, path, "--pattern", r"a{}\.b{}\.c{}\.fc(1|2)")[0]  # a group is no number of a layer
+    assert "lowest first: block1 layers.1.1, block2 layers.2.2" in found
+    for pattern, sentence in (("trunk", "lacks {}"), ("({}", "not a reg")):
+        assert sentence in refused(gardener, path, "--pattern", pattern)
+
+
+def test_gardener_refuses_wrong_calls(three_runs, tmp_path):
+    sim, file = three_runs / "sim-2", tmp_path / "file"
+    file.write_text("not a checkpoint")
+    torch.save({"model": {"step": 3}}, tmp_path / "empty.pt")
+    for arguments, sentence in (
+        ([tmp_path / "nothing"], "There is no checkpoint"),
+        ([file], "is not a checkpoint"),
+        ([tmp_path / "empty.pt"], "no state_dict"),
+        ([sim, "--plot"], "give both"),
+        ([sim, "--clips", 9], "--clips is for --prune"),
+        ([sim, "--prune", "--pattern", "a{}"], "cannot probe"),
+        ([sim, "--prune", "--out", file], "cannot be written"),
+        ([sim, "--prune", "--device", "tpu"], "does not work here"),
+    ):
+        assert sentence in refused(gardener, *arguments)
+
+
+def test_pruning_compares_entropy_with_random_last_magnitude_and_the_oracle(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    depths = {"simultaneous": 4, "e2e": 2}
+    for regime, depth in depths.items():
+        (tmp_path / regime).mkdir()
+        settings = {"seed": 0, "regime": regime}
+        save(tmp_path / regime / "last.pt", toy(regime, depth=depth), [], step=0, settings=settings)
+    monkeypatch.setattr(probe, "logistic_probe", nearest_mean)
+    flags = ("--prune", "--clips", 24, "--workers", 0, "--plot", "--out", tmp_path / "out")
+    text, _ = run(gardener, *(tmp_path / regime for regime in depths), *flags)
+    found = json.loads((tmp_path / "out" / "prune.json").read_text())
+    for name, sizes in (("simultaneous", [0, 1, 3]), ("e2e", [0, 1])):
+        layers, accuracy = found[name]["layers"], found[name]["accuracy"]
+        assert f"\n{name} " in text and found[name]["removed"] == sizes
+        assert list(accuracy) == ["entropy", "random", "last", "magnitude", "oracle"]
+        assert np.shape(accuracy["random"]) == (5, len(sizes)) and len(found[name]["spearman"]["random"]) == 5
+        without = layers["without it"]
+        assert accuracy["oracle"][0][1] == max(without) and accuracy["last"][0][1] == without[-1]
+        assert accuracy["entropy"][0][1] == without[int(np.argmin(layers["entropy"]))]
+    assert (tmp_path / "out" / "figure_prune.png").stat().st_size > 10000
+
+
+# ---- layerlock.py ----
+
+
+def test_layerlock_freezes_one_block_after_the_other():
+    paper = {"start": 160, "every": 10, "until": 32}  # thousands of steps, 48 layers
+    steps = (0, 159, 160, 169, 170, 469, 470, 1000)
+    assert [layerlock.freeze_schedule(step, **paper) for step in steps] == [0, 0, 1, 1, 2, 31, 32, 32]
+    assert [layerlock.freeze_schedule(step, start=5, every=0, until=3) for step in (4, 5, 9)] == [0, 3, 3]
+    assert layerlock.freeze_schedule(10**6, start=-1, every=1, until=3) == 0
+    c = layerlock.Config()
+    layerlock.resolve_schedule(c, 3000)
+    assert (c.blocks, c.freeze_start, c.freeze_every, c.freeze_until) == (12, 1000, 250, 8)
+    for every, fit in ((1000, 2), (999, 3)):
+        c = layerlock.Config(freeze_every=every)
+        layerlock.resolve_schedule(c, 3000)
+        assert c.freeze_until == fit
+
+
+@pytest.mark.parametrize("target", ["pixels", "latent"])
+def test_frozen_layers_stay_bit_equal_ever_after(target):
+    schedule = {"freeze_start": 2, "freeze_every": 2, "freeze_until": 3, "target": target}
+    config = layerlock.Config(blocks=4, batch=4, lr=1e-2, device="cpu", **schedule)
+    model, frozen = toy("e2e", blocks=4), {}
+    learner = layerlock.LayerLock(config, model, steps=8)
+    for step in range(8):
+        old = {p: state["exp_avg"].clone() for o in learner.optimizers for p, state in o.state.items()}
+        learner.begin(step)
+        names = list(model.blocks)[: step // 2]  # one more from steps 2, 4 and 6 on
+        frozen = {name: weights(model.blocks[name]) for name in names} | frozen
+        [state] = [optimizer.state for optimizer in learner.optimizers]  # of what still learns, and unchanged
+        assert bool(state) == (step > 0)
+        assert all(torch.equal(of_one["exp_avg"], old[p]) for p, of_one in state.items())
+        assert not {p for name in names for p in model.blocks[name].parameters()} & set(state)
+        before = weights(model.blocks["block4"])
+        losses, norms = learner.step(*batch(model, step))
+        assert list(losses) == ["block4"] and list(norms) == list(model.blocks)[len(names) :]
+        assert differing(before, weights(model.blocks["block4"]))
+        assert not any(differing(was, weights(model.blocks[name])) for name, was in frozen.items())
+        assert all(p.grad is None for name in names for p in model.blocks[name].parameters())
+
+
+def test_layerlock_that_freezes_nothing_is_e2e_bit_for_bit():
+    models, how = [toy("e2e", blocks=4) for _ in range(2)], {"slices": 2, "clip": 0.1}
+    learn(models[0], **how)
+    [optimizer] = make_optimizers(models[1], lr=1e-2)
+    for step in range(3):
+        layerlock.layerlock_step(models[1], optimizer, *batch(models[1], step), frozen=0, target=0, **how)
+    assert not differing(*map(weights, models))
+
+
+def test_layerlocks_target_is_the_frozen_layers_output_for_the_whole_clip(tmp_path):
+    model, how = toy("e2e", blocks=4), {"frozen": 2, "target": 2}
+    video, visible, masked = batch(model)
+    optimizers = [optimizer] = make_optimizers(model)
+    layerlock.freeze_blocks(model, optimizer, **how)
+    save(tmp_path / "last.pt", model, optimizers, step=1, settings={})
+    losses, _ = layerlock.layerlock_step(model, optimizer, video, visible, masked, slices=2, **how)
+    model = load(tmp_path)[0]  # as before the step, the new head included
+    with torch.no_grad():
+        expected = picked(F.layer_norm(model.encode(video)["block2"], (TOY["width"],)), masked)
+        h = gather_tokens(patchify(video, model.tubelet), visible)
+        for block in model.blocks.values():
+            h = block(h, visible)
+        found = model.decoders["block4"](h, visible, masked)
+    torch.testing.assert_close(losses["block4"], F.mse_loss(found, expected))
+    assert model.reconstruct(video, visible, masked) == {}  # no pixels are predicted
+
+
+@pytest.mark.parametrize("target,stop", [("latent", 3), ("latent", 4), ("pixels", 4)])
+def test_layerlock_resumed_equals_never_having_stopped(tmp_path, monkeypatch, target, stop):
+    command = [*TINY_RUN, "--blocks", 4, "--target", target, "--steps", 6, "--freeze-every", 1]
+    check_resuming(tmp_path, monkeypatch, layerlock, command, stop)
+    refused(train, "--resume", "--out", tmp_path / "whole")  # train.py does not know its settings
+
+
+def test_the_collapse_control_has_a_latent_target_and_freezes_nothing(tmp_path):
+    out = tmp_path / "run"
+    run(layerlock, *TINY_RUN, "--blocks", 4, "--freeze-start", -1, "--steps", 3, "--out", out)
+    model = load(out)[0]
+    assert model.config["decoder_values"] == model.config["width"]
+    assert not list(out.glob("recon*")) and all(line["features"]["std"] > 0 for line in log_lines(out))
+    folder = layerlock.Config(blocks=4, freeze_start=-1).folder()
+    assert folder == "runs/nano-layerlock-latent-unfrozen-4"
+
+
+@pytest.mark.parametrize(
+    "arguments,sentence",
+    [
+        ("--freeze-until 12", "12 blocks cannot freeze 12 and learn"),
+        ("--freeze-start 5 --steps 4", "after the run's 4; lower --freeze-start"),
+        ("--freeze-start -1 --target pixels", "are train.py --regime e2e"),
+        ("--freeze-start -1 --freeze-every 9", "nothing ever freezes"),
+        ("--freeze-start -2", "--freeze-start: -2 must be an integer, at least -1"),
+    ],
+)
+def test_schedules_that_do_not_fit_are_refused(arguments, sentence, tmp_path):
+    message = refused(layerlock, *arguments.split(), "--device", "cpu", "--out", tmp_path / "run")
+    assert sentence in message and not os.listdir(tmp_path)
+
+
+# ---- pipeline.py ----
+
+
+@pytest.mark.parametrize("K", [2, 4])
+def test_a_pipeline_of_blocks_equals_one_process_bit_for_bit(tmp_path, monkeypatch, K):
+    one, out, log = (tmp_path / name for name in ("one", "pipeline", "log"))
+    command = [*TINY_RUN, "--blocks", K, "--steps", 5, "--clip", 0.5, "--out"]
+    run(train, *command, one)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert several(pipeline, K, log, *command, out) == [143] * K
+    assert load(out)[1]["step"] == 2
+    for _ in range(2 if K == 2 else 1):  # the second time it is finished already
+        assert several(pipeline, K, log, "--resume", "--out", out) == [0] * K
+        assert same(state_of(one), state_of(out))
+        assert [line["loss"] for line in numbers(one)] == [line["loss"] for line in numbers(out)]
+        assert (one / "recon.mp4").read_bytes() == (out / "recon.mp4").read_bytes()
+
+
+def test_a_rank_of_a_pipeline_that_dies_ends_all(tmp_path):
+    check_death(tmp_path, pipeline)
+
+
+def test_a_pipeline_that_does_not_fit_is_refused(tmp_path):
+    for arguments, sentence in (
+        ([], "start it by: torchrun --nproc-per-node 4 pipeline.py --blocks 4"),
+        (["--regime", "e2e"], "pipeline.py is for --regime simultaneous"),
+        (["--blocks", 1], "K > 1"),
+    ):
+        message = refused(pipeline, *arguments, "--device", "cpu", "--out", tmp_path / "run")
+        assert sentence in message and not os.listdir(tmp_path)
+
+
+# ---- bench.py ----
+
+
+@pytest.mark.parametrize("blocks,of_summed,of_e2e", [(4, 0.25, 0.22), (12, 0.08, 0.15)])
+def test_a_simultaneous_step_keeps_the_activations_of_one_block_and_one_slice(blocks, of_summed, of_e2e):
+    saved = {}
+    for regime in ("e2e", "simultaneous"):
+        model = Blockwise(**SIZES["nano"], blocks=blocks, regime=regime)
+        noise = batch(model, count=16, ratio=0.9)
+        with bench.saved_bytes(model) as saved[f"{regime}, one graph"]:
+            loss = bench.summed_loss(model, *noise)
+            loss.backward()
+        assert torch.equal(loss, summed_loss(model, *noise))
+        with bench.saved_bytes(model) as saved[regime]:
+            train_step(model, make_optimizers(model), *noise, slices=8)
+    assert all(count["now"] == 0 < count["peak"] for count in saved.values())
+    targets = 16 * 114 * 1536 * 4  # bytes; of the whole batch, made once
+    peak = {name: count["peak"] - targets for name, count in saved.items()}
+    assert peak["simultaneous"] <= of_summed * peak["simultaneous, one graph"]
+    assert peak["simultaneous"] <= of_e2e * peak["e2e, one graph"]
+    assert peak["e2e"] <= 0.55 * peak["e2e, one graph"]
+
+
+def test_saved_bytes_counts_each_buffer_once_and_no_weights():
+    linear = torch.nn.Linear(8, 8)
+    x = torch.randn(4, 8, requires_grad=True)  # so that weights are saved, too
+    with bench.saved_bytes(linear) as count:
+        y = linear(x).exp()  # keeps x and its result
+        z = linear(x[:2]) * linear(x[2:])  # keeps x again, and both factors
+        assert count["now"] == count["peak"] == 4 * (4 * 8 + 4 * 8 + 2 * 2 * 8)
+        del y
+        assert count["now"] == 4 * (4 * 8 + 2 * 2 * 8)
+        z.sum().backward()
+        assert count["now"] == 0
+
+
+def test_bench_measures_and_trains_nothing(tmp_path):
+    small = ["--batch", 2, "--rounds", 1, "--device", "cpu", "--slices", 1, "--out", tmp_path]
+    text, _ = run(bench, *small)
+    found = json.loads((tmp_path / "bench.json").read_text())
+    rows = {"sequential, last stage"} | (REGIMES.keys() - {"sequential"})
+    assert os.listdir(tmp_path) == ["bench.json"] and rows <= found["steps"].keys()
+    row = found["steps"]["simultaneous"]
+    assert row["clips/s"] == pytest.approx(2 / row["ms"] * 1e3) and row["GFLOP"] > 0
+    by_blocks = {int(k): v["block by block"] for k, v in found["saved MB by K"].items()}
+    assert list(by_blocks) == [1, 2, 3, 4, 6, 12] and by_blocks[12] < by_blocks[1]
+    assert row["saved MB"] == pytest.approx(by_blocks[4]) and "simultaneous" in text
+    assert "leave out --decode-ratio" in refused(bench, *small, "--peer", "--decode-ratio", 0.5)
+
+
+def test_bench_counts_a_cheaper_and_a_deeper_decoder():
+    def work(**settings):
+        args = SimpleNamespace(size="nano", batch=2, device="cpu", dtype="fp32", compile=False, graph=False)
+        args.decoder_depth, args.decode_ratio = settings.get("depth"), settings.get("ratio", 1.0)
+        return bench.costs(*bench.case(args, "simultaneous", 4, 1), "cpu")["GFLOP"]
+
+    usual = work()
+    assert work(depth=1) == usual and work(depth=2) > 1.3 * usual and work(ratio=0.25) < 0.45 * usual
+
+
+# ---- pack.py ----
+
+
+def test_a_packed_folder_has_the_same_names_and_frames(tmp_path):
+    source, target, fourth = (tmp_path / name for name in ("source", "packed", "fourth"))
+    (source / "a b").mkdir(parents=True)
+    for name in ("a b/ü.mp4", "c.avi", "c.mkv"):
+        write_numbered(source / name, size=(96, 64))
+    (source / "bad.mp4").write_bytes(b"no video")
+    command = (pack, source, target, "--side", 32, "--workers", 2)
+    assert "broken: bad.mp4" in run(*command)[0]
+    found = sorted(path.relative_to(target).as_posix() for path in target.rglob("[!.]*.*"))
+    assert found == ["a b/ü.mp4", "c.avi", "c.mkv", "pack.json"]
+    with data.open_video(target / "c.avi") as (container, stream):
+        assert (stream.width, stream.height, stream.frames) == (48, 32, 40)
+        keys = [packet.is_keyframe for packet in container.demux(stream) if packet.size]
+        assert np.diff([*np.flatnonzero(keys), 40]).max() <= 8 and not stream.codec_context.has_b_frames
+    write_damaged(source / "damaged.mp4", frames=96, g=8)
+    text, _ = run(pack, source, fourth, "--side", 32, "--every", 4)
+    assert "damaged: damaged.mp4 (its last 75 frames are not in the copy)" in text
+    expected = clip_numbers(source / "c.avi", 0.0, 8, 4)
+    for folder, stride in ((target, 4), (fourth, 1)):  # to one frame: the copy's grey levels are a little off
+        assert clip_numbers(folder / "c.avi", 0.0, 8, stride) == pytest.approx(expected, abs=1)
+    before = (target / "c.avi").stat().st_mtime_ns
+    (target / "c.mkv").unlink()  # as if the run had been stopped before it
+    run(*command)
+    assert (target / "c.mkv").exists() and (target / "c.avi").stat().st_mtime_ns == before
+
+
+def test_packing_refuses_what_cannot_work_before_the_work(tmp_path, monkeypatch):
+    source, packed = write_copies(tmp_path / "source", ["a.mp4"]), tmp_path / "packed"
+    run(pack, source, packed)
+    for name in ("full", "broken"):
+        (tmp_path / name).mkdir()
+    mine = tmp_path / "full" / "mine.txt"
+    mine.touch()
+    (tmp_path / "broken" / "a.mp4").write_bytes(b"garbage")
+    for arguments, sentence in [
+        ([source, source / "packed"], "packed twice"),
+        ([source, packed, "--side", "64"], "other settings"),
+        ([source, tmp_path / "full"], "was not packed by this program"),
+        ([source, mine], "mine.txt cannot be written"),
+        ([source, mine / "packed"], "packed cannot be written"),
+        ([source, ""], "DST is an empty name"),
+        ([tmp_path / "none"], "is not a folder"),
+        ([source, "--every", "2"], "wants a folder"),
+        ([source, tmp_path / "new", "--every", "3"], "must be a multiple of --every 3"),
+        ([source, "--stride", "0"], "0 must be an integer, at least 1"),
+        ([source, "--side", "8"], "at least 16"),
+    ]:
+        assert sentence in refused(pack, *arguments)
+    for target in ([], [tmp_path / "none"]):
+        text, errors = run(pack, tmp_path / "broken", *target, code=2)
+        assert "broken: a.mp4 (Invalid data" in text and "can be read" in errors.splitlines()[-1]
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data, "write_video", full)
+    assert "No space left" in run(pack, source, tmp_path / "new", code=1)[1]
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_a_packing_that_is_ended_goes_on_and_ends_the_same(tmp_path, monkeypatch, end):
+    source = write_copies(tmp_path / "source", [f"{number}.mp4" for number in range(24)], size=(160, 120))
+    parts, whole, log = tmp_path / "parts", tmp_path / "whole", tmp_path / "log"
+    plain = pack.pack_video
+
+    def slowly(*arguments, **settings):
+        time.sleep(0.2)  # so that it cannot be through before the signal
+        plain(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "pack_video", slowly)
+        process = start(call, pack, source, parts, "--workers", 1, log=log)
+    wait_for(lambda: len(list(parts.glob("*.mp4"))) >= 3)
+    os.kill(process, end)
+    assert exit_code(process) == (130 if end == signal.SIGINT else -end)
+    if end == signal.SIGINT:
+        assert "goes on from here" in log.read_text() and "Traceback" not in log.read_text()
+        assert not (parts / ".partial").exists()
+    assert 3 <= len(list(parts.glob("*.mp4"))) < 24
+    assert {*data.look_at(parts, [*parts.glob("*.mp4")]).values()} == {40}  # none is torn
+    pack.pack(source, whole)
+    pack.pack(source, parts)
+    # pack.json and .lock, not .partial
+    assert contents(whole) == contents(parts) and len(contents(whole)) == 24 + 2
