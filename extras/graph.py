@@ -34,7 +34,7 @@ class GraphStep:
             self.groups = [group for o in filter(None, optimizers) for group in o.param_groups]
             self.lr, self.start = torch.zeros((), device=video.device), None
         self.count += 1
-        if self.count in (WARMUP + 1, WARMUP + TIMED + 1, WARMUP + 2 * TIMED + 2):
+        if self.count in (WARMUP + 1, WARMUP + TIMED + 1, WARMUP + 2 * TIMED + 1):
             self.print_time()
         if self.count <= WARMUP + TIMED:
             return self.usual_step(model, video, visible, masked, **settings)
@@ -65,6 +65,7 @@ class GraphStep:
             self.result = train_step(model, self.optimizers, *self.batch, **settings)
         for group in self.groups:  # as checkpoints hold it
             group.update(lr=lr, capturable=False)
+        self.start = time.perf_counter()  # recording is not timed
 
     def print_time(self):
         """Print the mean time of the last TIMED steps."""
