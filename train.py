@@ -391,6 +391,10 @@ def train(config, model, source, checkpoint=None, step_function=None):
         "reduce": average if distributed else None,
     }
 
+    if step == total:
+        print(f"{out} is finished: {step} of {total} steps")
+        return
+
     # The folder of the run, with a checkpoint of step 0: from here on it can be resumed.
     saved = {"settings": asdict(config) | {"program": config.program}, "data": source.fingerprint}
     saved["total"] = total
@@ -412,93 +416,94 @@ def train(config, model, source, checkpoint=None, step_function=None):
         source, batch=config.batch, first=step, last=total, seed=config.seed, **loader_settings
     )
     batches, skipped = iter(batches), data.Skipped(source)
-    bar = tqdm(total=total, initial=step, unit=" steps", mininterval=1, disable=not is_main)
     last_save, last_log, last_log_step, waited = time.monotonic(), time.perf_counter(), step, 0.0
     stopping = False
-    while step < total and not stopping:
-        # Stage and optimizers: new ones at the beginning of every stage, else those of the checkpoint.
-        if step == first_step or step % steps == 0:
-            betas = (config.beta1, config.beta2)
-            optimizers = make_optimizers(
-                model, stage=step // steps, lr=config.lr, betas=betas, weight_decay=config.weight_decay
+    with tqdm(total=total, initial=step, unit=" steps", mininterval=1, disable=not is_main) as bar:
+        while step < total and not stopping:
+            # Stage and optimizers: new ones at the beginning of every stage, else those of the checkpoint.
+            if step == first_step or step % steps == 0:
+                betas = (config.beta1, config.beta2)
+                optimizers = make_optimizers(
+                    model, stage=step // steps, lr=config.lr, betas=betas, weight_decay=config.weight_decay
+                )
+                if step % steps:
+                    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+                        if optimizer is not None:
+                            optimizer.load_state_dict(state)
+
+            # Learning rate: the same for all blocks.
+            for optimizer in filter(None, optimizers):
+                for params in optimizer.param_groups:
+                    params["lr"] = learning_rate(config, step % steps, steps)
+
+            # Batch: this process's part; videos that cannot be read are named once.
+            start = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - start
+            for message in skipped.update(batch):
+                bar.write(message)
+            video = batch["video"].to(config.device, non_blocking=True)  # (B, T, H, W, C)
+
+            # Masks: one per clip, shared by all blocks.
+            visible, masked = (
+                index.tensor_split(world_size)[rank] for index in step_masks(config, model, step)
             )
-            if step % steps:
-                for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-                    if optimizer is not None:
-                        optimizer.load_state_dict(state)
 
-        # Learning rate: the same for all blocks.
-        for optimizer in filter(None, optimizers):
-            for params in optimizer.param_groups:
-                params["lr"] = learning_rate(config, step % steps, steps)
+            # Step: the method, in blockwise.py.
+            if step_function is None:
+                losses, norms = train_step(model, optimizers, video, visible, masked, **step_settings)
+            else:
+                progress = {"config": config, "step": step, "steps": steps}
+                losses, norms = step_function(
+                    model, optimizers, video, visible, masked, **progress, **step_settings
+                )
+            step += 1
+            bar.update()
 
-        # Batch: this process's part; videos that cannot be read are named once.
-        start = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - start
-        for message in skipped.update(batch):
-            bar.write(message)
-        video = batch["video"].to(config.device, non_blocking=True)  # (B, T, H, W, C)
+            # Stop? A signal to one process stops all.
+            stopping = bool(signals)
+            if distributed:
+                signalled = torch.tensor(int(stopping))
+                dist.all_reduce(signalled, op=dist.ReduceOp.MAX)
+                stopping = bool(signalled)
 
-        # Masks: one per clip, shared by all blocks.
-        visible, masked = (index.tensor_split(world_size)[rank] for index in step_masks(config, model, step))
+            # Numbers: on a GPU, looking at one waits for it.
+            last_step = step == total or stopping
+            should_evaluate = last_step or step == 1 or step % max(1, total // 10) == 0
+            should_log = should_evaluate or step % min(50, max(1, total // 100)) == 0
+            if should_log or config.device == "cpu":
+                losses, norms = ({name: x.item() for name, x in values.items()} for values in (losses, norms))
+                check_finite(losses, norms, step, [source.name(index) for index in batch["index"]])
+            if not should_log:
+                continue
+            if distributed:  # losses of the whole batch
+                means = torch.tensor(list(losses.values()), dtype=torch.float64)
+                average([means])
+                losses = dict(zip(losses, means.tolist()))
+            if not is_main:
+                continue
 
-        # Step: the method, in blockwise.py.
-        if step_function is None:
-            losses, norms = train_step(model, optimizers, video, visible, masked, **step_settings)
-        else:
-            progress = {"config": config, "step": step, "steps": steps}
-            losses, norms = step_function(
-                model, optimizers, video, visible, masked, **progress, **step_settings
-            )
-        step += 1
-        bar.update()
+            # Log and picture.
+            now = time.perf_counter()
+            record = {"step": step, "epoch": round(step * config.batch / len(source), 4)}
+            record |= {"lr": optimizers[-1].param_groups[0]["lr"], "loss": losses, "grad_norm": norms}
+            speed = config.batch * (step - last_log_step) / (now - last_log)
+            record |= {"clips_per_s": round(speed, 1), "wait": round(waited / (now - last_log), 4)}
+            record["memory_mb"] = round(peak_memory())
+            if should_evaluate:
+                trained = [name for group in model.groups[: len(optimizers)] for name in group]
+                record |= evaluate(model, clips, out / f"recon_{step:06d}.png", trained)
+            log.write(json.dumps(record) + "\n")
+            log.flush()
 
-        # Stop? A signal to one process stops all.
-        stopping = bool(signals)
-        if distributed:
-            signalled = torch.tensor(int(stopping))
-            dist.all_reduce(signalled, op=dist.ReduceOp.MAX)
-            stopping = bool(signalled)
-
-        # Numbers: on a GPU, looking at one waits for it.
-        last_step = step == total or stopping
-        should_evaluate = last_step or step == 1 or step % max(1, total // 10) == 0
-        should_log = should_evaluate or step % min(50, max(1, total // 100)) == 0
-        if should_log or config.device == "cpu":
-            losses, norms = ({name: x.item() for name, x in values.items()} for values in (losses, norms))
-            check_finite(losses, norms, step, [source.name(index) for index in batch["index"]])
-        if not should_log:
-            continue
-        if distributed:  # losses of the whole batch
-            means = torch.tensor(list(losses.values()), dtype=torch.float64)
-            average([means])
-            losses = dict(zip(losses, means.tolist()))
-        if not is_main:
-            continue
-
-        # Log and picture.
-        now = time.perf_counter()
-        record = {"step": step, "epoch": round(step * config.batch / len(source), 4)}
-        record |= {"lr": optimizers[-1].param_groups[0]["lr"], "loss": losses, "grad_norm": norms}
-        speed = config.batch * (step - last_log_step) / (now - last_log)
-        record |= {"clips_per_s": round(speed, 1), "wait": round(waited / (now - last_log), 4)}
-        record["memory_mb"] = round(peak_memory())
-        if should_evaluate:
-            trained = list(losses if REGIMES[model.config["regime"]].local_decoders else model.blocks)
-            record |= evaluate(model, clips, out / f"recon_{step:06d}.png", trained)
-        log.write(json.dumps(record) + "\n")
-        log.flush()
-
-        # Checkpoint, after the log, and before anything is printed.
-        if last_step or time.monotonic() - last_save > SAVE_SECONDS:
-            save(out / "last.pt", model, optimizers, step=step, **saved)
-            last_save = time.monotonic()
-        bar.set_postfix_str("loss " + " ".join(f"{loss:.3f}" for loss in losses.values()))
-        if should_evaluate:
-            bar.write(summary_line(record))
-        last_log, last_log_step, waited = time.perf_counter(), step, 0.0
-    bar.close()
+            # Checkpoint, after the log, and before anything is printed.
+            if last_step or time.monotonic() - last_save > SAVE_SECONDS:
+                save(out / "last.pt", model, optimizers, step=step, **saved)
+                last_save = time.monotonic()
+            bar.set_postfix_str("loss " + " ".join(f"{loss:.3f}" for loss in losses.values()))
+            if should_evaluate:
+                bar.write(summary_line(record))
+            last_log, last_log_step, waited = time.perf_counter(), step, 0.0
 
     # The end.
     if distributed:
@@ -695,11 +700,37 @@ def next_command(config, source):
     return f"next, what the blocks represent: {shlex.join(command)}"
 
 
+class Screen:
+    """Standard output or error whose failure ends no run: `| tee log` may end before the run has saved."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        """Write, and go on if that fails."""
+        self.attempt(self.stream.write, text)
+
+    def flush(self):
+        """Flush, and go on if that fails."""
+        self.attempt(self.stream.flush)
+
+    def attempt(self, function, *arguments):
+        """Call a function of the stream; if the stream has ended, it leads to nowhere from then on."""
+        try:
+            function(*arguments)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 @contextlib.contextmanager
 def error_hint(config):
     """Around training: an error prints its traceback, and then one line that says how to resume."""
     try:
-        yield
+        with contextlib.redirect_stdout(Screen(sys.stdout)), contextlib.redirect_stderr(Screen(sys.stderr)):
+            yield
     except Exception:  # noqa: BLE001, it is printed whole
         traceback.print_exc()
         if (Path(config.out) / "last.pt").is_file():

@@ -141,64 +141,63 @@ def train_pipeline(config, model, source, checkpoint):
                 workers=config.workers,
             )
         )
-    bar = tqdm(total=total, initial=first_step, unit=" steps", mininterval=1, disable=not is_main)
     last_save, last_log, last_log_step, waited = time.monotonic(), time.perf_counter(), first_step, 0.0
     step, stopping, video, names = first_step, False, None, []
-    while step < total and not stopping:
-        for params in optimizer.param_groups:
-            params["lr"] = train.learning_rate(config, step, total)
-        if is_main:
-            start = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - start
-            for message in skipped.update(batch):
-                bar.write(message)
-            video = batch["video"].to(config.device)  # (B, T, H, W, C)
-            names = [source.name(index) for index in batch["index"]]
-        visible, masked = train.step_masks(config, model, step)
-        losses, norms = block_step(config, model, optimizer, neighbours, video, visible, masked)
-        step += 1
-        bar.update()
+    with tqdm(total=total, initial=first_step, unit=" steps", mininterval=1, disable=not is_main) as bar:
+        while step < total and not stopping:
+            for params in optimizer.param_groups:
+                params["lr"] = train.learning_rate(config, step, total)
+            if is_main:
+                start = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - start
+                for message in skipped.update(batch):
+                    bar.write(message)
+                video = batch["video"].to(config.device)  # (B, T, H, W, C)
+                names = [source.name(index) for index in batch["index"]]
+            visible, masked = train.step_masks(config, model, step)
+            losses, norms = block_step(config, model, optimizer, neighbours, video, visible, masked)
+            step += 1
+            bar.update()
 
-        # Process 0 decides whether to stop and save; the others hear of it after the same step.
-        decision = torch.tensor([bool(signals), time.monotonic() - last_save > train.SAVE_SECONDS]).byte()
-        if not is_main:
-            decision = neighbours.receive((2,), torch.uint8, DECISION)
-        neighbours.send(decision, DECISION)
-        stopping, save_due = map(bool, decision)
+            # Process 0 decides whether to stop and save; the others hear of it after the same step.
+            decision = torch.tensor([bool(signals), time.monotonic() - last_save > train.SAVE_SECONDS]).byte()
+            if not is_main:
+                decision = neighbours.receive((2,), torch.uint8, DECISION)
+            neighbours.send(decision, DECISION)
+            stopping, save_due = map(bool, decision)
 
-        last_step = step == total or stopping
-        should_evaluate = last_step or step == 1 or step % max(1, total // 10) == 0
-        should_log = should_evaluate or step % min(50, max(1, total // 100)) == 0
-        losses, norms = ({name: x.item() for name, x in values.items()} for values in (losses, norms))
-        train.check_finite(losses, norms, step, names)
-        if not should_log:
-            continue
-        blocks = neighbours.gather((losses, norms))
-        if should_evaluate or save_due:
-            optimizers = whole_optimizers(model, optimizer, neighbours)
-        if is_main:
-            now, record = (
-                time.perf_counter(),
-                {"step": step, "epoch": round(step * config.batch / len(source), 4)},
-            )
-            record["lr"] = optimizer.param_groups[0]["lr"]
-            for key, number in (("loss", 0), ("grad_norm", 1)):
-                record[key] = {name: value for block in blocks for name, value in block[number].items()}
-            speed = config.batch * (step - last_log_step) / (now - last_log)
-            record |= {"clips_per_s": round(speed, 1), "wait": round(waited / (now - last_log), 4)}
-            record["memory_mb"] = round(train.peak_memory())
-            if should_evaluate:
-                record |= train.evaluate(model, clips, out / f"recon_{step:06d}.png", list(model.blocks))
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            if last_step or save_due:
-                save(out / "last.pt", model, optimizers, step=step, **saved)
-                last_save = time.monotonic()
-            if should_evaluate:
-                bar.write(train.summary_line(record))
-        last_log, last_log_step, waited = time.perf_counter(), step, 0.0
-    bar.close()
+            last_step = step == total or stopping
+            should_evaluate = last_step or step == 1 or step % max(1, total // 10) == 0
+            should_log = should_evaluate or step % min(50, max(1, total // 100)) == 0
+            losses, norms = ({name: x.item() for name, x in values.items()} for values in (losses, norms))
+            train.check_finite(losses, norms, step, names)
+            if not should_log:
+                continue
+            blocks = neighbours.gather((losses, norms))
+            if should_evaluate or save_due:
+                optimizers = whole_optimizers(model, optimizer, neighbours)
+            if is_main:
+                now, record = (
+                    time.perf_counter(),
+                    {"step": step, "epoch": round(step * config.batch / len(source), 4)},
+                )
+                record["lr"] = optimizer.param_groups[0]["lr"]
+                for key, number in (("loss", 0), ("grad_norm", 1)):
+                    record[key] = {name: value for block in blocks for name, value in block[number].items()}
+                speed = config.batch * (step - last_log_step) / (now - last_log)
+                record |= {"clips_per_s": round(speed, 1), "wait": round(waited / (now - last_log), 4)}
+                record["memory_mb"] = round(train.peak_memory())
+                if should_evaluate:
+                    record |= train.evaluate(model, clips, out / f"recon_{step:06d}.png", list(model.blocks))
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                if last_step or save_due:
+                    save(out / "last.pt", model, optimizers, step=step, **saved)
+                    last_save = time.monotonic()
+                if should_evaluate:
+                    bar.write(train.summary_line(record))
+            last_log, last_log_step, waited = time.perf_counter(), step, 0.0
     neighbours.close()
     if is_main and not stopping:
         print(train.next_command(config, source))
