@@ -270,13 +270,14 @@ def write_json(path, results):
 def print_entropies(path, pattern):
     """The ranking of one checkpoint: a row per layer, and per block of a run."""
     weights, untrained = read_weights(path, pattern)
-    rows, base = entropy_rows(weights), entropy_rows(untrained)
-    columns = ["entropy", "/ ln N", *(["untrained"] if untrained else [])]
-    table = {title: [*row, *([base[title][0]] if untrained else [])] for title, row in rows.items()}
-    print_table(str(path), columns, {title: [[value] for value in row] for title, row in table.items()})
+    rows, columns = entropy_rows(weights), ["entropy", "/ ln N"]
+    if untrained:
+        columns, base = [*columns, "untrained"], entropy_rows(untrained)
+        rows = {title: (*row, base[title][0]) for title, row in rows.items()}
+    print_table(str(path), columns, {title: [[value] for value in row] for title, row in rows.items()})
     print(f"lowest first: {', '.join(sorted(weights, key=lambda title: rows[title][0]))}")
     if untrained:
-        print_ranges([rows[title][0] for title in weights], [base[title][0] for title in weights])
+        print_ranges([rows[title][0] for title in weights], [rows[title][2] for title in weights])
 
 
 def entropy_rows(weights):

@@ -213,9 +213,18 @@ def to_transformers(model, until):
     return exported
 
 
-def preprocessor(height, width):
-    """What transformers does to a clip first: resize the shorter side, cut out the centre, normalise."""
-    return {
+def export_run(args):
+    """Write a folder of transformers: config.json, model.safetensors, preprocessor_config.json, README.md."""
+    model, checkpoint = load(args.run)
+    settings, K = checkpoint["settings"], model.config["blocks"]
+    until = K if args.until is None else args.until
+    exported = to_transformers(model, until)
+    decoder = f"with the decoder of block {until}"
+    if not hasattr(exported, "decoder"):
+        decoder = f"encoder only, as block {until} has no decoder of pixels"
+    stride = f"stride {settings['stride']}" if settings.get("data") else "not of videos, or of unknown stride"
+    height, width = model.video[1:]
+    preprocessor = {
         "image_processor_type": "VideoMAEImageProcessor",
         "size": {"shortest_edge": min(height, width)},
         "crop_size": {"height": height, "width": width},
@@ -224,47 +233,21 @@ def preprocessor(height, width):
         "image_std": [0.229, 0.224, 0.225],
         **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
     }
+    out = new_folder(args.out)
+    exported.save_pretrained(out)
+    (out / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n")
+    (out / "README.md").write_text(f"""# {out.resolve().name}
+A video transformer trained as a masked autoencoder: {exported.config.num_hidden_layers} layers, blocks 1 to {until} of {K},
+{decoder}. Regime {settings.get("regime")}, seed {settings.get("seed")}, {checkpoint["step"]} steps.
+Clips: {model.video} (frames, height, width), {stride}; tubelets {model.tubelet}.
+This folder was written by
 
-
-MODEL_CARD = """# {name}
-A video transformer of {layers} layers, trained as a masked autoencoder: blocks 1 to {until} of {blocks},
-{decoder}. Regime {regime}, seed {seed}, {step} steps.
-Clips: {video} (frames, height, width), tubelets {tubelet}, temporal stride {stride}. It is written by
-
-    {command}
+    python -m extras.videomae export {args.run} {args.out} --until {until}
 
 - Features: `VideoMAEModel.from_pretrained(folder)`, then the mean of last_hidden_state over tokens.
 - Fine-tuning: `VideoMAEForVideoClassification.from_pretrained(folder, use_mean_pooling=True, num_labels=...)`.
-  Without use_mean_pooling=True, classification would be from the first token alone.
-"""
-
-
-def export_run(args):
-    """Write a folder of transformers: config.json, model.safetensors, preprocessor_config.json, README.md."""
-    model, checkpoint = load(args.run)
-    settings, until = checkpoint["settings"], args.until or model.config["blocks"]
-    exported = to_transformers(model, until)
-    decoder = f"with the decoder of block {until}"
-    if not hasattr(exported, "decoder"):
-        decoder = f"encoder only, as block {until} has no decoder of pixels"
-    out = new_folder(args.out)
-    exported.save_pretrained(out)
-    (out / "preprocessor_config.json").write_text(json.dumps(preprocessor(*model.video[1:]), indent=1) + "\n")
-    text = MODEL_CARD.format(
-        name=out.resolve().name,
-        layers=exported.config.num_hidden_layers,
-        until=until,
-        blocks=model.config["blocks"],
-        decoder=decoder,
-        regime=settings.get("regime"),
-        seed=settings.get("seed"),
-        step=checkpoint["step"],
-        video=model.video,
-        tubelet=model.tubelet,
-        stride=settings.get("stride") if settings.get("data") else "not known (no videos named in the run)",
-        command=f"python -m extras.videomae export {args.run} {args.out} --until {until}",
-    )
-    (out / "README.md").write_text(text)
+  Without use_mean_pooling=True the classifier may read the first token alone.
+""")
     print(f"{out}: {type(exported).__name__}, blocks 1 to {until}, {decoder}")
 
 
