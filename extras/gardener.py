@@ -1,4 +1,4 @@
-"""Which layers of a masked video transformer matter? Their entropy says it without data, a probe by removing them.
+"""Which layers of a masked video transformer matter? Entropy ranks them without data; a probe tests removal.
 
 Gardener: Xiang, Wu & Bai, "Entropy Reveals Block Importance in Masked Self-Supervised Vision Transformers",
 arXiv 2602.03918. The importance of a layer is the entropy of its weights; the lowest go first.
@@ -7,7 +7,8 @@ arXiv 2602.03918. The importance of a layer is the entropy of its weights; the l
     python -m extras.gardener CHECKPOINT --pattern 'trunk\\.{}\\.(qkv|proj|fc1|fc2)\\.weight'   # other names
     python -m extras.gardener RUN RUN --prune        # accuracy without 1, 3, 5, ... layers: prune.json
 
-Layers are counted from 1 through the whole encoder. Shapes: B batch, N tokens, P values in one tubelet, D width.
+Layers are counted from 1 through the whole encoder.
+Shapes: B batch, N tokens, P values in one tubelet, D width.
 """
 
 import argparse
@@ -30,8 +31,8 @@ from probe import extract, load_runs, networks, open_data, parser, print_table, 
 
 # ---- importance without data ----
 
-# Names of the matrices of an encoder layer, as regular expressions in which {} is the number of the layer, and
-# how many each layer has.
+# Names of the matrices of an encoder layer, as regular expressions in which {} is the number of the layer;
+# and how many matrices a layer has.
 PATTERNS = {
     # VideoMAE's authors, timm
     r"(module\.)?(encoder\.)?blocks\.{}\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.weight": 4,
@@ -78,9 +79,8 @@ def checkpoint_weights(state, pattern=None):
         expected = max(matrices, *map(len, layers.values()), 0)
         for number in sorted(layers):
             if len(layers[number]) < expected:
-                print(
-                    f"Warning: layer {number} has {len(layers[number])} of {expected} matrices; do not compare it."
-                )
+                have = f"{len(layers[number])} of {expected} matrices"
+                print(f"Warning: layer {number} has only {have}; its entropy does not compare.")
         if layers:
             return {f"layer {number}": layers[number] for number in sorted(layers)}
     some = ", ".join(name for name in state if name.endswith("weight"))[:400]
@@ -89,10 +89,10 @@ def checkpoint_weights(state, pattern=None):
 
 
 def read_weights(path, pattern=None):
-    """The matrices of every layer in a run or any other checkpoint: (of it, of an untrained run of its shape).
+    """The matrices of every layer of a checkpoint, and of an untrained network of the same shape.
 
-    path: a file, or the folder of a run or of Hugging Face. It is read as data: no code in it is run. The
-    second is {} where the checkpoint is no run.
+    path: a file, or the folder of a run or of Hugging Face. It is read as data: no code in it is run.
+    Returns two dicts {layer: [tensors]}; the second is empty where the checkpoint is no run.
     """
     path = Path(path)
     names = ("last.pt", "model.safetensors", "pytorch_model.bin") if path.is_dir() else ("",)
@@ -260,7 +260,7 @@ def main(arguments=None):
 
 
 def write_json(path, results):
-    """Write a JSON file beside the old one, which it then replaces; nan, which JSON does not know, is null."""
+    """Write a JSON file beside the old one, then replace that; nan, unknown to JSON, becomes null."""
     results = json.loads(json.dumps(results), parse_constant=lambda _: None)
     temporary = Path(f"{path}.tmp")
     temporary.write_text(json.dumps(results, indent=1) + "\n")

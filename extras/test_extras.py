@@ -126,7 +126,7 @@ def test_entropy_ranks_the_layers_of_published_checkpoints(tmp_path):
         assert "Warning" not in text
     del authors["encoder.blocks.10.mlp.fc2.weight"]
     torch.save(authors, path)
-    assert "layer 11 has 3 of 4 matrices" in run(gardener, path)[0]
+    assert "layer 11 has only 3 of 4 matrices" in run(gardener, path)[0]
     assert "No name fits" in refused(gardener, path, "--pattern", "other{}")
     assert "has no {}" in refused(gardener, path, "--pattern", "trunk")
 

@@ -4,7 +4,7 @@ VideoMAE: Tong et al., arXiv 2203.12602. A run folder made here is read by every
 
     python -m extras.videomae import pytorch_model.bin runs/videomae-base          # seconds; also a folder
     python probe.py runs/videomae-base --data VIDEOS --train-list train.txt --test-list test.txt
-    python -m extras.videomae export RUN hf/run           # for VideoMAEForPreTraining.from_pretrained("hf/run")
+    python -m extras.videomae export RUN hf/run                # for VideoMAEModel.from_pretrained("hf/run")
     python -m extras.videomae export RUN hf/run-2 --until 2    # blocks 1 and 2 with the decoder of block 2
 
 Shapes: D width, P values in one tubelet of (t, p, p) pixels.
@@ -22,8 +22,8 @@ import torch
 from blockwise import Blockwise, load, save
 from data import check_writable, user_errors
 
-# (regular expression for a name of the authors or of Hugging Face, name here), applied in this order. The result
-# is a flat name: embedding.linear.weight, layers.0.q.bias, norm.weight, decoder.layers.0.fc1.weight, ...
+# (regular expression for a name of the authors or of Hugging Face, name here), applied in this order. It gives
+# a flat name: embedding.linear.weight, layers.0.q.bias, norm.weight, decoder.layers.0.fc1.weight, ...
 NAMES = (
     (r"^(module\.|model\.|videomae\.)+", ""),
     (r"^(embeddings\.patch_embeddings\.projection|(encoder\.)?patch_embed\.proj)\.", "embedding.linear."),
@@ -53,7 +53,7 @@ def flat_name(name):
 
 
 def model_name(name, layers_per_block, last):
-    """The name in a Blockwise model of a flat name. last: "block4", the block with output norm and decoder."""
+    """The name in a Blockwise model of a flat name. last: "block4", which has output norm and decoder."""
     if match := re.match(r"layers\.(\d+)\.", name):
         block, layer = divmod(int(match[1]), layers_per_block)
         return f"blocks.block{block + 1}.layers.{layer}.{name[match.end() :]}"
@@ -224,6 +224,7 @@ def export_run(args):
         decoder = f"encoder only, as block {until} has no decoder of pixels"
     stride = f"stride {settings['stride']}" if settings.get("data") else "not of videos, or of unknown stride"
     height, width = model.video[1:]
+    layers = exported.config.num_hidden_layers
     preprocessor = {
         "image_processor_type": "VideoMAEImageProcessor",
         "size": {"shortest_edge": min(height, width)},
@@ -237,7 +238,7 @@ def export_run(args):
     exported.save_pretrained(out)
     (out / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n")
     (out / "README.md").write_text(f"""# {out.resolve().name}
-A video transformer trained as a masked autoencoder: {exported.config.num_hidden_layers} layers, blocks 1 to {until} of {K},
+A video transformer trained as a masked autoencoder: {layers} layers, blocks 1 to {until} of {K},
 {decoder}. Regime {settings.get("regime")}, seed {settings.get("seed")}, {checkpoint["step"]} steps.
 Clips: {model.video} (frames, height, width), {stride}; tubelets {model.tubelet}.
 This folder was written by
@@ -245,7 +246,8 @@ This folder was written by
     python -m extras.videomae export {args.run} {args.out} --until {until}
 
 - Features: `VideoMAEModel.from_pretrained(folder)`, then the mean of last_hidden_state over tokens.
-- Fine-tuning: `VideoMAEForVideoClassification.from_pretrained(folder, use_mean_pooling=True, num_labels=...)`.
+- Fine-tuning:
+  `VideoMAEForVideoClassification.from_pretrained(folder, use_mean_pooling=True, num_labels=...)`.
   Without use_mean_pooling=True the classifier may read the first token alone.
 """)
     print(f"{out}: {type(exported).__name__}, blocks 1 to {until}, {decoder}")
