@@ -4,7 +4,6 @@ In the order of the files: model.py, blockwise.py, data.py, train.py, probe.py, 
 above them, whose tests are skipped where the file is missing; README.md last.
 """
 
-import argparse
 import faulthandler
 import functools
 import hashlib
@@ -401,82 +400,6 @@ def test_weights_decay_but_biases_norms_and_mask_tokens_do_not():
         assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
         assert all(names[p].endswith("weight") and "norm" not in names[p] for p in decayed["params"])
         assert all(re.search("bias|norm|mask_token", names[p]) for p in plain["params"])
-
-
-# Hugging Face's names and the authors' for the same weights of VideoMAE, replaced in this order.
-AUTHORS = """
-videomae.embeddings.patch_embeddings.projection=encoder.patch_embed.proj videomae.encoder.layer=encoder.blocks
-videomae.layernorm=encoder.norm decoder.decoder_layers=decoder.blocks attention.attention=attn
-attention.output.dense=attn.proj intermediate.dense=mlp.fc1 output.dense=mlp.fc2
-layernorm_before=norm1 layernorm_after=norm2
-"""
-
-
-def as_published(state, form):
-    """A state_dict of Hugging Face's VideoMAE in the form of some checkpoints that people have."""
-    if form in ("q_bias", "authors"):
-        short = {name: re.sub(r"\.(q|v)(uery|alue)\.bias", r".\1_bias", name) for name in state}
-        state = {short[name]: value for name, value in state.items()}
-    if form == "authors":
-        for pair in AUTHORS.split():
-            state = {name.replace(*pair.split("=")): value for name, value in state.items()}
-        for name in [name for name in state if name.endswith("attn.query.weight")]:
-            parts = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
-            state[name.replace("query", "qkv")] = torch.cat(parts)
-        state = {"model": {f"module.{name}": value for name, value in state.items()}}
-        state["args"] = argparse.Namespace()
-    return state
-
-
-@pytest.mark.parametrize("form", ["Hugging Face", "q_bias", "authors", "backbone", "safetensors"])
-def test_a_videomae_gives_the_tokens_predictions_and_loss_of_the_peer(form, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 192, "num_hidden_layers": 4}
-    sizes |= {"decoder_hidden_size": 24, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 96}
-    sizes |= {"decoder_num_hidden_layers": 2, "image_size": 32, "num_frames": 4}
-    config = transformers.VideoMAEConfig(**sizes, use_mean_pooling=form == "backbone")
-    peer = (transformers.VideoMAEModel if form == "backbone" else transformers.VideoMAEForPreTraining)(config)
-    with torch.no_grad():
-        for p in peer.parameters():
-            if p.ndim == 1:  # biases and norms are 0 and 1 at first, and would hide mistakes
-                p.add_(torch.randn_like(p) * 0.2)
-    state = as_published(peer.eval().state_dict(), form)
-    if form == "backbone":  # with what fine-tuning adds
-        state |= {"fc_norm.weight": torch.zeros(48), "head.bias": torch.zeros(9)}
-    if form == "safetensors":
-        pytest.importorskip("safetensors").torch.save_file(state, tmp_path / "model.safetensors")
-    else:
-        torch.save(state, tmp_path / "pytorch_model.bin")
-    config.save_pretrained(tmp_path)
-    model, checkpoint = load(tmp_path, blocks=2)
-
-    video = clips(2, (4, 32, 32))
-    visible, masked = tube_mask(2, model.grid, 0.5)
-    pixels = standardized(video).permute(0, 1, 4, 2, 3)
-    with torch.no_grad():
-        tokens = (peer if form == "backbone" else peer.videomae)(pixels).last_hidden_state
-        torch.testing.assert_close(model.encode(video)["block2"], tokens, rtol=1e-5, atol=1e-5)
-        found = model.reconstruct(video, visible, masked)
-        if form == "backbone":
-            assert found == {}
-            run = probe.Run("run", "run", model, checkpoint)
-            assert probe.subjects([run])[run.untrained].blocks["block2"].norm is None
-            return
-        mask = torch.zeros(2, math.prod(model.grid), dtype=torch.bool).scatter(1, masked, True)
-        expected = peer(pixels, bool_masked_pos=mask)
-    torch.testing.assert_close(found["block2"], expected.logits, rtol=1e-4, atol=1e-5)
-    target = normalized_targets(gather_tokens(patchify(video, model.tubelet), masked))[0]
-    torch.testing.assert_close(F.mse_loss(found["block2"], target), expected.loss, rtol=1e-5, atol=1e-5)
-
-
-def test_weights_that_are_no_videomae_are_refused_by_name(tmp_path):
-    torch.save({"conv.weight": torch.zeros(3, 3)}, tmp_path / "other.pt")
-    raises(r"neither of VideoMAE; it holds conv.weight", load, tmp_path / "other.pt")
-    kernel = torch.zeros(24, 3, 2, 16, 16)
-    state = {"patch_embed.proj.weight": kernel, "blocks.0.mlp.fc1.bias": torch.zeros(96), "odd": {}}
-    torch.save(state, tmp_path / "part.pt")
-    raises("part.pt is not a checkpoint", load, tmp_path / "part.pt", blocks=1)
 
 
 # ---- data.py: generated clips ----

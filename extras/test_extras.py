@@ -3,7 +3,9 @@
 Helpers and fixtures are those of test_all.py.
 """
 
+import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -19,8 +21,8 @@ import data
 import probe
 import train
 from blockwise import REGIMES, Blockwise, load, make_optimizers, save, train_step
-from extras import bench, gardener, graph, layerlock, pack, pipeline
-from model import SIZES, gather_tokens, patchify
+from extras import bench, gardener, graph, layerlock, pack, pipeline, videomae
+from model import SIZES, gather_tokens, normalized_targets, patchify, tube_mask
 from test_all import (
     TINY_RUN,
     TOY,
@@ -43,6 +45,7 @@ from test_all import (
     run,
     same,
     several,
+    standardized,
     start,
     state_of,
     stop_at,
@@ -60,31 +63,31 @@ from test_all import (
 
 def test_layer_entropy_is_of_exact_float16_values():
     assert gardener.layer_entropy([torch.full((5, 7), 0.3)]) == (0.0, 0.0)
-    found = gardener.layer_entropy([torch.tensor([[1.0, 2.0]]), torch.tensor([3.0, 4.0])])
-    assert found == pytest.approx((np.log(4), 1))
+    distinct = gardener.layer_entropy([torch.tensor([[1.0, 2.0]]), torch.tensor([3.0, 4.0])])
+    assert distinct == pytest.approx((np.log(4), 1))
     assert gardener.layer_entropy([torch.tensor([0.0, -0.0])])[0] == 0.0
     assert gardener.layer_entropy([torch.tensor([1.0, 1.0001])])[0] == 0.0  # one float16 value
     weights = torch.randn(3000, generator=torch.Generator().manual_seed(0))
     counts = np.unique(weights.numpy().astype(np.float16), return_counts=True)[1]
     expected = -(counts / 3000 * np.log(counts / 3000)).sum()
-    found = gardener.layer_entropy([weights[:2000].view(40, 50), weights[2000:].requires_grad_()])
-    assert found == pytest.approx((expected, expected / np.log(3000)))
+    entropy = gardener.layer_entropy([weights[:2000].view(40, 50), weights[2000:].requires_grad_()])
+    assert entropy == pytest.approx((expected, expected / np.log(3000)))
 
 
 def test_pruning_removes_the_named_layers_and_leaves_a_model_that_loads():
     model, video = toy().eval(), clips(2)
     before = weights(model)
     pruned = gardener.prune(model, [2, 3])  # the last of block 1, the first of block 2
-    gone = [key for key in before if key.startswith(("blocks.block1.layers.1.", "blocks.block2.layers.0."))]
-    assert pruned.state_dict().keys() == before.keys() - gone and len(gone) == 2 * 12
+    starts = ("blocks.block1.layers.1.", "blocks.block2.layers.0.")
+    assert list(pruned.state_dict()) == [name for name in before if not name.startswith(starts)]
     assert not differing(before, weights(model))  # a copy
     again = gardener.prune(toy(seed=1), [2, 3]).eval()
     again.load_state_dict(pruned.state_dict())
     x, index = patchify(video, model.tubelet), torch.arange(32).expand(2, -1)
     first, last = model.blocks["block1"], model.blocks["block2"]
     by_hand = last.norm(last.layers[1](first.layers[0](first.embedding(x, index))))
-    for found in (pruned, again):
-        assert torch.equal(found.encode(video)["block2"], by_hand)
+    for copy in (pruned, again):
+        assert torch.equal(copy.encode(video)["block2"], by_hand)
     removed = [frozenset(layers) for layers in ((), (1,), (2, 3), (1, 2, 3, 4))]
     for layers, tokens in gardener.Pruned(model, removed).encode(video).items():
         assert torch.equal(tokens, gardener.prune(model, layers).encode(video)["block2"])
@@ -97,7 +100,7 @@ def test_spearman_with_ties():
     assert np.isnan(gardener.spearman([1, 1, 1], [1, 2, 3]))
 
 
-def test_entropy_ranks_videomae_and_hugging_face_checkpoints(tmp_path):
+def test_entropy_ranks_the_layers_of_published_checkpoints(tmp_path):
     four, six = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), ("intermediate.dense", "output.dense")
     six += tuple(f"attention.{name}" for name in ("attention.query", "attention.key", "attention.value"))
     six += ("attention.output.dense",)
@@ -109,61 +112,215 @@ def test_entropy_ranks_videomae_and_hugging_face_checkpoints(tmp_path):
     authors["encoder.patch_embed.proj.weight"] = torch.zeros(9)
     authors |= {f"encoder.blocks.{i}.norm1.weight": torch.arange(99.0) for i in (0, 10)}
     hugging_face, own = state("videomae.encoder.layer.{}.{}.weight", six), state("trunk.{}.{}.w", four)
-    path, pattern = tmp_path / "checkpoint.pth", r"trunk\.{}\..*\.w"
-    wrapped = {f"module.{key}": value for key, value in authors.items()}  # by data parallel training
+    path, pattern = tmp_path / "checkpoint.pth", r"trunk\.{}\.(a|m).*\.w"
+    wrapped = {f"module.{name}": value for name, value in authors.items()}  # by data parallel training
     forms = ((authors, 4, ()), (wrapped, 4, ()), (hugging_face, 6, ()), (own, 4, ("--pattern", pattern)))
-    for one, count, flags in forms:
-        found = gardener.layer_weights(one, *flags[1:])
-        assert list(found) == [(0,), (10,)] and [len(w) for w in found.values()] == [count, count]
-        torch.save({"model": one, "args": argparse.Namespace(lr=1e-4)}, path)  # as in VideoMAE's files
-        expected = rf"layer 10 +{np.log(11):.3f} .*\nlowest first: layer 0, layer 10"
-        assert re.search(expected, run(gardener, path, *flags)[0])
-    assert "No key fits" in refused(gardener, path)
-    three = {f"a{i}.b{i}.c{i}.fc{n}": torch.arange(i + 1.0) for i in (1, 2) for n in (1, 2)}
-    torch.save(three, path)
-    found = run(gardener, path, "--pattern", r"a{}\.b{}\.c{}\.fc(1|2)")[0]  # a group is no number of a layer
-    assert "lowest first: block1 layers.1.1, block2 layers.2.2" in found
-    for pattern, sentence in (("trunk", "lacks {}"), ("({}", "not a reg")):
-        assert sentence in refused(gardener, path, "--pattern", pattern)
+    for matrices, count, flags in forms:
+        torch.save({"model": matrices, "args": argparse.Namespace(lr=1e-4)}, path)  # as VideoMAE's authors do
+        layers, _ = gardener.read_weights(path, *flags[1:])
+        assert list(layers) == ["layer 1", "layer 11"] and {len(parts) for parts in layers.values()} == {
+            count
+        }
+        text, _ = run(gardener, path, *flags)
+        assert re.search(rf"layer 11 +{np.log(11):.3f} .*\nlowest first: layer 1, layer 11", text)
+        assert "Warning" not in text
+    del authors["encoder.blocks.10.mlp.fc2.weight"]
+    torch.save(authors, path)
+    assert "layer 11 has only 3 of 4 matrices" in run(gardener, path)[0]
+    assert "No name fits" in refused(gardener, path, "--pattern", "other{}")
+    assert "has no {}" in refused(gardener, path, "--pattern", "trunk")
 
 
-def test_gardener_refuses_wrong_calls(three_runs, tmp_path):
-    sim, file = three_runs / "sim-2", tmp_path / "file"
+def test_entropies_of_a_run_stand_beside_those_of_an_untrained_one(tmp_path):
+    model = toy(seed=5)
+    save(tmp_path / "last.pt", model, [], step=0, settings={})
+    text, _ = run(gardener, tmp_path)
+    pair = [network.blocks["block2"].layers[0] for network in (model, toy(seed=0))]
+    pair = [[layer.qkv.weight, layer.proj.weight, layer.fc1.weight, layer.fc2.weight] for layer in pair]
+    (entropy, share), (untrained, _) = map(gardener.layer_entropy, pair)
+    assert re.search(rf"block2 layer 3 +{entropy:.3f} +{share:.3f} +{untrained:.3f}\n", text)
+    assert "of an untrained network of this shape" in text
+
+
+def test_gardener_refuses_wrong_calls(tmp_path):
+    file = tmp_path / "file"
     file.write_text("not a checkpoint")
-    torch.save({"model": {"step": 3}}, tmp_path / "empty.pt")
+    save(tmp_path / "last.pt", toy(), [], step=0, settings={"regime": "simultaneous", "seed": 0})
     for arguments, sentence in (
         ([tmp_path / "nothing"], "There is no checkpoint"),
-        ([file], "is not a checkpoint"),
-        ([tmp_path / "empty.pt"], "no state_dict"),
-        ([sim, "--plot"], "give both"),
-        ([sim, "--clips", 9], "--clips is for --prune"),
-        ([sim, "--prune", "--pattern", "a{}"], "cannot probe"),
-        ([sim, "--prune", "--out", file], "cannot be written"),
-        ([sim, "--prune", "--device", "tpu"], "does not work here"),
+        ([file], "is damaged"),
+        ([tmp_path, "--prune", "--out", file], "cannot be written"),
+        ([tmp_path, "--prune", "--device", "tpu"], "does not work here"),
     ):
         assert sentence in refused(gardener, *arguments)
 
 
 def test_pruning_compares_entropy_with_random_last_magnitude_and_the_oracle(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     depths = {"simultaneous": 4, "e2e": 2}
     for regime, depth in depths.items():
         (tmp_path / regime).mkdir()
         settings = {"seed": 0, "regime": regime}
         save(tmp_path / regime / "last.pt", toy(regime, depth=depth), [], step=0, settings=settings)
     monkeypatch.setattr(probe, "logistic_probe", nearest_mean)
-    flags = ("--prune", "--clips", 24, "--workers", 0, "--plot", "--out", tmp_path / "out")
+    flags = ("--prune", "--clips", 24, "--workers", 0, "--out", tmp_path / "out")
     text, _ = run(gardener, *(tmp_path / regime for regime in depths), *flags)
-    found = json.loads((tmp_path / "out" / "prune.json").read_text())
+    results = json.loads((tmp_path / "out" / "prune.json").read_text())
     for name, sizes in (("simultaneous", [0, 1, 3]), ("e2e", [0, 1])):
-        layers, accuracy = found[name]["layers"], found[name]["accuracy"]
-        assert f"\n{name} " in text and found[name]["removed"] == sizes
+        layers, accuracy = results[name]["layers"], results[name]["accuracy"]
+        assert f"\n{name} " in text and results[name]["removed"] == sizes
         assert list(accuracy) == ["entropy", "random", "last", "magnitude", "oracle"]
-        assert np.shape(accuracy["random"]) == (5, len(sizes)) and len(found[name]["spearman"]["random"]) == 5
+        assert np.shape(accuracy["random"]) == (5, len(sizes))
+        assert len(results[name]["spearman"]["random"]) == 5
         without = layers["without it"]
         assert accuracy["oracle"][0][1] == max(without) and accuracy["last"][0][1] == without[-1]
         assert accuracy["entropy"][0][1] == without[int(np.argmin(layers["entropy"]))]
-    assert (tmp_path / "out" / "figure_prune.png").stat().st_size > 10000
+
+
+# ---- videomae.py ----
+
+# Hugging Face's names and the authors' for the same weights of VideoMAE, replaced in this order.
+AUTHORS = """
+videomae.embeddings.patch_embeddings.projection=encoder.patch_embed.proj videomae.encoder.layer=encoder.blocks
+videomae.layernorm=encoder.norm decoder.decoder_layers=decoder.blocks attention.attention=attn
+attention.output.dense=attn.proj intermediate.dense=mlp.fc1 output.dense=mlp.fc2
+layernorm_before=norm1 layernorm_after=norm2
+"""
+
+
+def as_published(state, form):
+    """A state_dict of Hugging Face's VideoMAE in the form of some checkpoints that people have."""
+    if form in ("q_bias", "authors"):
+        short = {name: re.sub(r"\.(q|v)(uery|alue)\.bias", r".\1_bias", name) for name in state}
+        state = {short[name]: value for name, value in state.items()}
+    if form in ("authors", "no qkv bias"):
+        for pair in AUTHORS.split():
+            state = {name.replace(*pair.split("=")): value for name, value in state.items()}
+        for name in [name for name in state if name.endswith("attn.query.weight")]:
+            parts = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+            state[name.replace("query", "qkv")] = torch.cat(parts)
+        state = {"model": {f"module.{name}": value for name, value in state.items()}}
+        state["args"] = argparse.Namespace()
+    return state
+
+
+@pytest.mark.parametrize(
+    "form", ["Hugging Face", "q_bias", "authors", "no qkv bias", "backbone", "safetensors"]
+)
+def test_imported_videomae_has_the_tokens_reconstruction_and_loss_of_the_published_one(form, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 192, "num_hidden_layers": 4}
+    sizes |= {"decoder_hidden_size": 24, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 96}
+    sizes |= {
+        "decoder_num_hidden_layers": 2,
+        "image_size": 32,
+        "num_frames": 4,
+        "qv_bias": form != "no qkv bias",
+    }
+    config = transformers.VideoMAEConfig(**sizes, use_mean_pooling=form == "backbone")
+    peer = (transformers.VideoMAEModel if form == "backbone" else transformers.VideoMAEForPreTraining)(config)
+    with torch.no_grad():
+        for p in peer.parameters():
+            if p.ndim == 1:  # biases and norms are 0 and 1 at first, and would hide mistakes
+                p.add_(torch.randn_like(p) * 0.2)
+    state = as_published(peer.eval().state_dict(), form)
+    if form == "backbone":  # with what fine-tuning adds
+        state |= {"fc_norm.weight": torch.zeros(48), "head.bias": torch.zeros(9)}
+    if form == "safetensors":
+        pytest.importorskip("safetensors").torch.save_file(state, tmp_path / "model.safetensors")
+    else:
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    config.save_pretrained(tmp_path)
+    run(videomae, "import", tmp_path, tmp_path / "run", "--blocks", 2)
+    model, checkpoint = load(tmp_path / "run")
+    assert checkpoint["settings"]["regime"] == "e2e" and list(model.blocks) == ["block1", "block2"]
+
+    video = clips(2, (4, 32, 32))
+    visible, masked = tube_mask(2, model.grid, 0.5)
+    pixels = standardized(video).permute(0, 1, 4, 2, 3)
+    with torch.no_grad():
+        tokens = (peer if form == "backbone" else peer.videomae)(pixels).last_hidden_state
+        torch.testing.assert_close(model.encode(video)["block2"], tokens, rtol=1e-5, atol=1e-5)
+        predictions = model.reconstruct(video, visible, masked)
+        if form == "backbone":
+            assert predictions == {} and model.blocks["block2"].norm is None
+            return
+        mask = torch.zeros(2, math.prod(model.grid), dtype=torch.bool).scatter(1, masked, True)
+        expected = peer(pixels, bool_masked_pos=mask)
+    torch.testing.assert_close(predictions["block2"], expected.logits, rtol=1e-4, atol=1e-5)
+    target = normalized_targets(gather_tokens(patchify(video, model.tubelet), masked))[0]
+    torch.testing.assert_close(F.mse_loss(predictions["block2"], target), expected.loss, rtol=1e-5, atol=1e-5)
+
+
+EXPORTS = [("simultaneous", {}, None), ("simultaneous", {}, 1), ("e2e", {}, 2), ("e2e", {}, 1)]
+EXPORTS += [("e2e", {"decoder_values": 24}, 2), ("e2e", {"output_norm": False, "video": (8, 32, 48)}, 2)]
+
+
+@pytest.mark.parametrize("regime,changes,until", EXPORTS)
+def test_export_has_the_tokens_and_reconstruction_of_the_run_and_is_imported_again(
+    regime, changes, until, tmp_path
+):
+    transformers = pytest.importorskip("transformers")
+    model, last = toy(regime, **changes).eval(), f"block{until or 2}"
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    save(
+        tmp_path / "last.pt",
+        model,
+        [],
+        step=7,
+        settings={"regime": regime, "seed": 3, "stride": 2, "data": "x"},
+    )
+    out, again = tmp_path / "out", tmp_path / "again"
+    text, _ = run(videomae, "export", tmp_path, out, *(("--until", until) if until else ()))
+    run(videomae, "import", out, again, "--blocks", 1)
+    imported, _ = load(again)
+    encoder, messages = transformers.VideoMAEModel.from_pretrained(out, output_loading_info=True)
+    assert not messages["missing_keys"]
+    classifier = transformers.VideoMAEForVideoClassification.from_pretrained(out, use_mean_pooling=True)
+    video = clips(2, model.video)
+    visible, masked = tube_mask(2, model.grid, 0.5)
+    pixels = standardized(video).permute(0, 1, 4, 2, 3)
+    with torch.no_grad():
+        tokens, prediction = model.encode(video)[last], model.reconstruct(video, visible, masked).get(last)
+        torch.testing.assert_close(encoder(pixels).last_hidden_state, tokens, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(imported.encode(video)["block1"], tokens, rtol=1e-5, atol=1e-5)
+        assert classifier(pixels).logits.shape == (2, 2)
+        assert ("encoder only" in text) == (prediction is None) == (not imported.decoders)
+        if prediction is not None:
+            found = imported.reconstruct(video, visible, masked)["block1"]
+            torch.testing.assert_close(found, prediction, rtol=1e-5, atol=1e-5)
+            peer = transformers.VideoMAEForPreTraining.from_pretrained(out)
+            mask = torch.zeros(2, math.prod(model.grid), dtype=torch.bool).scatter(1, masked, True)
+            logits = peer(pixels, bool_masked_pos=mask).logits
+            torch.testing.assert_close(logits, prediction, rtol=1e-3, atol=1e-4)  # its decoder has eps 1e-5
+    settings = json.loads((out / "preprocessor_config.json").read_text())
+    assert settings["image_mean"] == [0.485, 0.456, 0.406] and settings["crop_size"]["height"] == 32
+    card = (out / "README.md").read_text()
+    assert f"regime {regime}, seed 3, 7 steps" in card.replace("Regime", "regime") and "stride 2" in card
+
+
+def test_weights_that_do_not_fit_are_named_and_wrong_calls_refused(tmp_path):
+    out, file = tmp_path / "out", tmp_path / "weights.pt"
+
+    def import_refused(state, *flags):
+        torch.save(state, file)
+        return refused(videomae, "import", file, out, *flags)
+
+    assert "no VideoMAE; it holds conv.weight" in import_refused({"conv.weight": torch.zeros(3, 3)})
+    state = {
+        "patch_embed.proj.weight": torch.zeros(24, 3, 2, 16, 16),
+        "blocks.0.mlp.fc1.weight": torch.zeros(96, 24),
+    }
+    state["blocks.0.attn.q_bias"] = state["cls_token"] = torch.zeros(24)
+    sentence = import_refused(state, "--blocks", 1)
+    assert "layers.0.qkv.bias" in sentence and "unknown: cls_token" in sentence
+    assert "1 layers equally" in import_refused(state, "--blocks", 2)
+    assert "no file" in refused(videomae, "import", tmp_path / "nothing", out)
+    save(tmp_path / "last.pt", toy(), [], step=0, settings={})
+    assert "no block 3" in refused(videomae, "export", tmp_path, out, "--until", 3)
+    assert "is not empty" in refused(videomae, "export", tmp_path, tmp_path)
 
 
 # ---- layerlock.py ----
