@@ -19,7 +19,7 @@ import data
 import probe
 import train
 from blockwise import REGIMES, Blockwise, load, make_optimizers, save, train_step
-from extras import bench, gardener, layerlock, pack, pipeline
+from extras import bench, gardener, graph, layerlock, pack, pipeline
 from model import SIZES, gather_tokens, patchify
 from test_all import (
     TINY_RUN,
@@ -168,12 +168,12 @@ def test_pruning_compares_entropy_with_random_last_magnitude_and_the_oracle(tmp_
 # ---- layerlock.py ----
 
 
-def test_layerlock_freezes_one_block_after_the_other():
+def test_layers_freeze_one_after_the_other():
     paper = {"start": 160, "every": 10, "until": 32}  # thousands of steps, 48 layers
     steps = (0, 159, 160, 169, 170, 469, 470, 1000)
-    assert [layerlock.freeze_schedule(step, **paper) for step in steps] == [0, 0, 1, 1, 2, 31, 32, 32]
-    assert [layerlock.freeze_schedule(step, start=5, every=0, until=3) for step in (4, 5, 9)] == [0, 3, 3]
-    assert layerlock.freeze_schedule(10**6, start=-1, every=1, until=3) == 0
+    assert [layerlock.frozen_blocks(step, **paper) for step in steps] == [0, 0, 1, 1, 2, 31, 32, 32]
+    assert [layerlock.frozen_blocks(step, start=5, every=0, until=3) for step in (4, 5, 9)] == [0, 3, 3]
+    assert layerlock.frozen_blocks(10**6, start=-1, every=1, until=3) == 0
     c = layerlock.Config()
     layerlock.resolve_schedule(c, 3000)
     assert (c.blocks, c.freeze_start, c.freeze_every, c.freeze_until) == (12, 1000, 250, 8)
@@ -183,53 +183,57 @@ def test_layerlock_freezes_one_block_after_the_other():
         assert c.freeze_until == fit
 
 
+PLAIN = {"dtype": None, "grad_clip": None, "slices": 1, "reduce": None}
+
+
 @pytest.mark.parametrize("target", ["pixels", "latent"])
-def test_frozen_layers_stay_bit_equal_ever_after(target):
+def test_frozen_layers_stay_bit_equal(target):
     schedule = {"freeze_start": 2, "freeze_every": 2, "freeze_until": 3, "target": target}
-    config = layerlock.Config(blocks=4, batch=4, lr=1e-2, device="cpu", **schedule)
+    progress = {"config": layerlock.Config(blocks=4, **schedule), "steps": 8}
     model, frozen = toy("e2e", blocks=4), {}
-    learner = layerlock.LayerLock(config, model, steps=8)
+    optimizers = [optimizer] = make_optimizers(model, lr=1e-2)
     for step in range(8):
-        old = {p: state["exp_avg"].clone() for o in learner.optimizers for p, state in o.state.items()}
-        learner.begin(step)
         names = list(model.blocks)[: step // 2]  # one more from steps 2, 4 and 6 on
         frozen = {name: weights(model.blocks[name]) for name in names} | frozen
-        [state] = [optimizer.state for optimizer in learner.optimizers]  # of what still learns, and unchanged
-        assert bool(state) == (step > 0)
-        assert all(torch.equal(of_one["exp_avg"], old[p]) for p, of_one in state.items())
-        assert not {p for name in names for p in model.blocks[name].parameters()} & set(state)
+        moments = {p: state["exp_avg"].clone() for p, state in optimizer.state.items()}
         before = weights(model.blocks["block4"])
-        losses, norms = learner.step(*batch(model, step))
+        losses, norms = layerlock.layerlock_step(
+            model, optimizers, *batch(model, step), step=step, **progress, **PLAIN
+        )
         assert list(losses) == ["block4"] and list(norms) == list(model.blocks)[len(names) :]
         assert differing(before, weights(model.blocks["block4"]))
-        assert not any(differing(was, weights(model.blocks[name])) for name, was in frozen.items())
-        assert all(p.grad is None for name in names for p in model.blocks[name].parameters())
+        assert not any(differing(old, weights(model.blocks[name])) for name, old in frozen.items())
+        assert not {p for name in names for p in model.blocks[name].parameters()} & set(optimizer.state)
+        learning = [p for name in list(model.blocks)[len(names) :] for p in model.blocks[name].parameters()]
+        assert step == 0 or all(p in moments for p in learning)  # what still learns keeps its AdamW state
 
 
 def test_layerlock_that_freezes_nothing_is_e2e_bit_for_bit():
-    models, how = [toy("e2e", blocks=4) for _ in range(2)], {"slices": 2, "clip": 0.1}
-    learn(models[0], **how)
+    models, settings = [toy("e2e", blocks=4) for _ in range(2)], {"slices": 2, "grad_clip": 0.1}
+    learn(models[0], **settings)
     [optimizer] = make_optimizers(models[1], lr=1e-2)
     for step in range(3):
-        layerlock.layerlock_step(models[1], optimizer, *batch(models[1], step), frozen=0, target=0, **how)
+        clips_and_masks = batch(models[1], step)
+        layerlock.masked_step(models[1], optimizer, *clips_and_masks, frozen=0, target=0, **PLAIN | settings)
     assert not differing(*map(weights, models))
 
 
-def test_layerlocks_target_is_the_frozen_layers_output_for_the_whole_clip(tmp_path):
-    model, how = toy("e2e", blocks=4), {"frozen": 2, "target": 2}
+def test_the_latent_target_is_the_frozen_layers_output_for_the_whole_clip(tmp_path):
+    model = toy("e2e", blocks=4)
     video, visible, masked = batch(model)
     optimizers = [optimizer] = make_optimizers(model)
-    layerlock.freeze_blocks(model, optimizer, **how)
+    layerlock.latent_head(model, optimizer, seed=0)
     save(tmp_path / "last.pt", model, optimizers, step=1, settings={})
-    losses, _ = layerlock.layerlock_step(model, optimizer, video, visible, masked, slices=2, **how)
+    settings = {"frozen": 2, "target": 2} | PLAIN | {"slices": 2}
+    losses, _ = layerlock.masked_step(model, optimizer, video, visible, masked, **settings)
     model = load(tmp_path)[0]  # as before the step, the new head included
     with torch.no_grad():
         expected = picked(F.layer_norm(model.encode(video)["block2"], (TOY["width"],)), masked)
         h = gather_tokens(patchify(video, model.tubelet), visible)
         for block in model.blocks.values():
             h = block(h, visible)
-        found = model.decoders["block4"](h, visible, masked)
-    torch.testing.assert_close(losses["block4"], F.mse_loss(found, expected))
+        prediction = model.decoders["block4"](h, visible, masked)
+    torch.testing.assert_close(losses["block4"], F.mse_loss(prediction, expected))
     assert model.reconstruct(video, visible, masked) == {}  # no pixels are predicted
 
 
@@ -237,7 +241,8 @@ def test_layerlocks_target_is_the_frozen_layers_output_for_the_whole_clip(tmp_pa
 def test_layerlock_resumed_equals_never_having_stopped(tmp_path, monkeypatch, target, stop):
     command = [*TINY_RUN, "--blocks", 4, "--target", target, "--steps", 6, "--freeze-every", 1]
     check_resuming(tmp_path, monkeypatch, layerlock, command, stop)
-    refused(train, "--resume", "--out", tmp_path / "whole")  # train.py does not know its settings
+    message = refused(train, "--resume", "--out", tmp_path / "whole")
+    assert "resume it with: python -m extras.layerlock" in message
 
 
 def test_the_collapse_control_has_a_latent_target_and_freezes_nothing(tmp_path):
@@ -257,7 +262,6 @@ def test_the_collapse_control_has_a_latent_target_and_freezes_nothing(tmp_path):
         ("--freeze-start 5 --steps 4", "after the run's 4; lower --freeze-start"),
         ("--freeze-start -1 --target pixels", "are train.py --regime e2e"),
         ("--freeze-start -1 --freeze-every 9", "nothing ever freezes"),
-        ("--freeze-start -2", "--freeze-start: -2 must be an integer, at least -1"),
     ],
 )
 def test_schedules_that_do_not_fit_are_refused(arguments, sentence, tmp_path):
@@ -269,33 +273,48 @@ def test_schedules_that_do_not_fit_are_refused(arguments, sentence, tmp_path):
 
 
 @pytest.mark.parametrize("K", [2, 4])
-def test_a_pipeline_of_blocks_equals_one_process_bit_for_bit(tmp_path, monkeypatch, K):
+def test_a_pipeline_equals_one_process_bit_for_bit(tmp_path, monkeypatch, K):
     one, out, log = (tmp_path / name for name in ("one", "pipeline", "log"))
-    command = [*TINY_RUN, "--blocks", K, "--steps", 5, "--clip", 0.5, "--out"]
+    command = [*TINY_RUN, "--blocks", K, "--steps", 5, "--grad-clip", 0.5, "--out"]
     run(train, *command, one)
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
         assert several(pipeline, K, log, *command, out) == [143] * K
     assert load(out)[1]["step"] == 2
-    for _ in range(2 if K == 2 else 1):  # the second time it is finished already
-        assert several(pipeline, K, log, "--resume", "--out", out) == [0] * K
-        assert same(state_of(one), state_of(out))
-        assert [line["loss"] for line in numbers(one)] == [line["loss"] for line in numbers(out)]
-        assert (one / "recon.mp4").read_bytes() == (out / "recon.mp4").read_bytes()
+    assert several(pipeline, K, log, "--resume", "--out", out) == [0] * K
+    assert same(state_of(one), state_of(out))
+    assert [line["loss"] for line in numbers(one)] == [line["loss"] for line in numbers(out)]
+    assert (one / "recon_000005.png").read_bytes() == (out / "recon_000005.png").read_bytes()
 
 
-def test_a_rank_of_a_pipeline_that_dies_ends_all(tmp_path):
+def test_a_process_of_a_pipeline_that_dies_ends_all(tmp_path):
     check_death(tmp_path, pipeline)
 
 
 def test_a_pipeline_that_does_not_fit_is_refused(tmp_path):
     for arguments, sentence in (
-        ([], "start it by: torchrun --nproc-per-node 4 pipeline.py --blocks 4"),
-        (["--regime", "e2e"], "pipeline.py is for --regime simultaneous"),
-        (["--blocks", 1], "K > 1"),
+        ([], "torchrun --nproc-per-node 4 -m extras.pipeline --blocks 4"),
+        (["--regime", "e2e"], "is for --regime simultaneous"),
     ):
         message = refused(pipeline, *arguments, "--device", "cpu", "--out", tmp_path / "run")
         assert sentence in message and not os.listdir(tmp_path)
+
+
+# ---- graph.py ----
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("regime", ["simultaneous", "sequential"])
+def test_a_graph_changes_no_number(tmp_path, monkeypatch, regime):
+    monkeypatch.setattr(graph, "TIMED", 2)
+    command = [*TINY_RUN, "--device", "cuda", "--regime", regime, "--steps", 12, "--out"]
+    run(train, *command, tmp_path / "usual")
+    run(graph, *command, tmp_path / "graph")
+    assert same(state_of(tmp_path / "usual"), state_of(tmp_path / "graph"))
+
+
+def test_a_graph_needs_a_gpu(tmp_path):
+    assert "needs an NVIDIA GPU" in refused(graph, *TINY_RUN, "--out", tmp_path / "run")
 
 
 # ---- bench.py ----
