@@ -69,9 +69,7 @@ def pack_video(source, temporary, *, side, every, stop):
         if first is None:
             raise ValueError("no frame can be decoded")
         scale = min(1, side / min(first.height, first.width))
-        H, W = (
-            max(2, math.ceil(round(size * scale) / 2) * 2) for size in (first.height, first.width)
-        )  # even
+        H, W = (max(1, math.ceil(round(size * scale) / 2)) * 2 for size in (first.height, first.width))
         if round(first.rotation / 90) % 2:
             H, W = W, H
         rate = min(max(data.frame_rate(stream) / every, 0.1), 1000)
@@ -164,15 +162,11 @@ def main(arguments=None):
     add("source", metavar="SRC", help="folder of videos")
     add("target", metavar="DST", help="folder of the copies")
     add("--side", type=int, default=128, help="shorter side that larger videos are scaled to [128]")
-    add(
-        "--every",
-        type=int,
-        default=1,
-        help="keep every EVERY-th frame; divide --stride of train.py by it [1]",
-    )
+    add("--every", type=int, default=1, help="keep every EVERY-th frame [1]")
     add("--stride", type=int, default=4, help="stride of the clips that are timed, in frames of SRC [4]")
     add("--workers", type=int, default=os.cpu_count(), help="videos packed at a time [all cores]")
     args = parser.parse_args(arguments)
+    data.keep_freed_memory()
     if not os.path.isdir(args.source):
         raise ValueError(f"{args.source!r} is not a folder; SRC is the folder that your videos are in.")
     if min(args.side, args.every, args.stride, args.workers) < 1 or args.stride % args.every:
@@ -192,9 +186,7 @@ def main(arguments=None):
     for folder, stride in ((args.source, args.stride), (args.target, args.stride // args.every)):
         ms = time_reading(folder, names, stride=stride, pixels=args.side)
         size = sum(Path(folder, name).stat().st_size for name in names) / 1e6
-        print(
-            f"{folder}: {len(names)} videos, {size:.1f} MB, {ms:.2f} ms to read a clip at --stride {stride}"
-        )
+        print(f"{folder}: {len(names)} videos, {size:.1f} MB, {ms:.2f} ms a clip at --stride {stride}")
     print(f"Train with --data {shlex.quote(args.target)} --stride {stride}")
 
 
