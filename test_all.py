@@ -1163,6 +1163,28 @@ def test_mean_loss_is_the_loss_of_the_mean_predictor():
         assert record["mean_loss"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_init_copies_the_encoder_at_any_K_and_keep_keeps_its_snapshots(finished, tmp_path):
+    start_from = [*TINY_RUN, "--init", finished, "--out"]
+    text, _ = run(
+        train, *start_from, tmp_path / "e2e", "--regime", "e2e", "--blocks", 12, "--steps", 2, "--keep"
+    )
+    assert "decoder after layer 12; new: nothing" in text
+    old, new = load(finished)[0], load(tmp_path / "e2e" / "step_000001.pt")[0]
+    video = clips(2, old.video)
+    config, given = train.parse(
+        train.Config, "", [*map(str, start_from), str(tmp_path / "new"), "--blocks", "6"]
+    )
+    model = train.set_up(config, given)[1]
+    assert torch.equal(model.encode(video)["block6"], old.encode(video)["block4"])
+    assert load(tmp_path / "e2e" / "step_000002.pt")[1]["step"] == 2
+    assert not torch.equal(new.encode(video)["block12"], old.encode(video)["block4"])
+    first, last = log_lines(tmp_path / "e2e")[0], log_lines(finished)[-1]
+    assert first["loss"]["block12"] == pytest.approx(
+        last["loss"]["block4"], rel=0.05
+    )  # goes on at the old loss
+    assert "embedding differs in shape" in refused(train, *start_from, tmp_path / "x", "--tubelet", 4, 8, 8)
+
+
 def test_a_target_of_ones_own_changes_the_objective(monkeypatch):
     before = blockwise.objective()
     monkeypatch.setattr(blockwise, "normalized_targets", lambda patches: (patches.float(), 0.0, 1.0))

@@ -36,6 +36,7 @@ import data
 from blockwise import (
     REGIMES,
     Blockwise,
+    copy_weights,
     count_parameters,
     load,
     local_loss,
@@ -131,6 +132,8 @@ class Config:
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "bf16: autocast; auto is bf16 on cuda, else fp32")
     compile: bool = option(False, "torch.compile blocks and decoders")
     workers: int | None = option(None, "processes that read clips (default: by the cores)", least=0, most=256)
+    init: str | None = option(None, "run folder or checkpoint whose weights a new run starts from")
+    keep: bool = option(False, "keep the weights of each evaluation, as step_000300.pt and so on")
     out: str | None = option(None, "folder of the run (default: runs/NAME, named after the settings)")
     resume: bool = option(False, "go on with the run in --out, from its checkpoint, with its settings")
 
@@ -227,6 +230,9 @@ def set_up(config, given, source=None, parts=None):
     if model is None:
         torch.manual_seed(config.seed)
         model = Blockwise(**config.model_arguments())
+        if config.init:
+            copied, new = copy_weights(load(config.init)[0], model)
+            print(f"from {config.init}: {', '.join(copied)}; new: {', '.join(new) or 'nothing'}")
     tube_mask(1, model.grid, config.mask)  # raises if the ratio does not fit the grid
     if source is None:
         source = open_videos(config, model, config.list) if config.data else data.Scenes(video=model.video)
@@ -495,6 +501,8 @@ def train(config, model, source, checkpoint=None, step_function=None):
                 record |= evaluate(model, clips, out / f"recon_{step:06d}.png", trained)
             log.write(json.dumps(record) + "\n")
             log.flush()
+            if should_evaluate and config.keep:
+                save(out / f"step_{step:06d}.pt", model, [], step=step, **saved)
 
             # Checkpoint, after the log, and before anything is printed.
             if last_step or time.monotonic() - last_save > SAVE_SECONDS:
