@@ -70,7 +70,7 @@ def pack_video(source, temporary, *, side, every, stop):
             raise ValueError("no frame can be decoded")
         scale = min(1, side / min(first.height, first.width))
         H, W = (max(1, math.ceil(round(size * scale) / 2)) * 2 for size in (first.height, first.width))
-        if round(first.rotation / 90) % 2:
+        if data.orientation(first)[0]:  # transposed
             H, W = W, H
         rate = min(max(data.frame_rate(stream) / every, 0.1), 1000)
         rate = Fraction(rate).limit_denominator(min(1001, int(65535 / rate)))  # MPEG-4 counts time in 16 bits

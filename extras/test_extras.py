@@ -4,6 +4,7 @@ Helpers and fixtures are those of test_all.py.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -54,6 +55,7 @@ from test_all import (
     weights,
     write_copies,
     write_damaged,
+    write_frames,
     write_numbered,
 )
 
@@ -556,6 +558,27 @@ def test_same_names_and_frames_in_a_packed_folder(tmp_path):
     expected = clip_numbers(source / "c.avi", 0.0, 8, 4)
     for folder, stride in ((target, 4), (fourth, 1)):  # to one frame: the copy's grey levels are a little off
         assert clip_numbers(folder / "c.avi", 0.0, 8, stride) == pytest.approx(expected, abs=1)
+
+
+def test_upright_copies_of_all_right_angle_display_matrices(tmp_path):
+    images = np.zeros((8, 32, 64, 3), np.uint8)
+    images[:, :16, :16] = 200  # bright in one corner
+    source, target = tmp_path / "source", tmp_path / "packed"
+    source.mkdir()
+    raw = write_frames(tmp_path / "plain.mp4", images).read_bytes()
+    at = raw.index(b"tkhd") + 44  # the display matrix of the track
+    for number, (first, second, transpose) in enumerate(itertools.product((-1, 1), (-1, 1), (False, True))):
+        rows = ((0, first), (second, 0)) if transpose else ((first, 0), (0, second))
+        matrix = np.array([[*rows[0], 0], [*rows[1], 0], [0, 0, 2**14]]) * 2**16
+        moved = raw[:at] + matrix.astype(">i4").tobytes() + raw[at + 36 :]
+        (source / f"{number}.mp4").write_bytes(moved)
+    run(pack, source, target)
+    for path in source.iterdir():
+        clips = [data.read_clip(file, video=(4, 32, 32), stride=1) for file in (path, target / path.name)]
+        assert np.abs(np.subtract(*clips, dtype=float)).max() < 50
+        size = (32, 64) if int(path.stem) % 2 else (64, 32)
+        with data.open_video(target / path.name) as (_, stream):
+            assert (stream.width, stream.height) == size
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
