@@ -351,3 +351,38 @@ def load(path):
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
         raise ValueError(f"{path} is damaged, or not a checkpoint of train.py.") from error
     return model.eval(), checkpoint
+
+
+def copy_weights(source, target):
+    """Copy the encoder of one Blockwise model into another, layer by layer, whatever K and regime of the two.
+
+    A decoder is copied where `source` has one of the same shape after the same layer. Returns the names of the
+    parts that were copied, and of those that were not. Raises ValueError that names an encoder part whose shape
+    differs.
+    """
+
+    def parts(model):
+        blocks, depth = model.blocks, model.config["depth"] // len(model.blocks)
+        layers = [layer for block in blocks.values() for layer in block.layers]
+        encoder = {"embedding": blocks["block1"].embedding}
+        encoder |= {f"layer {number}": layer for number, layer in enumerate(layers, start=1)}
+        encoder["output norm"] = list(blocks.values())[-1].norm
+        decoders = {
+            f"decoder after layer {depth * k}": model.decoders[name]
+            for k, name in enumerate(blocks, start=1)
+            if name in model.decoders
+        }
+        return encoder | decoders
+
+    def shapes(part):
+        return {name: value.shape for name, value in part.state_dict().items()} if part is not None else None
+
+    old, copied, new = parts(source), [], []
+    for name, part in parts(target).items():
+        fits = name in old and shapes(old[name]) == shapes(part)
+        if fits and part is not None:
+            part.load_state_dict(old[name].state_dict())
+        elif not fits and not name.startswith("decoder"):
+            raise ValueError(f"{name} differs in shape or is missing; choose --size, --tubelet as in --init.")
+        (copied if fits else new).append(name)
+    return copied, new

@@ -1,18 +1,22 @@
-"""Which layers of a masked video transformer matter? Entropy says it without data, a probe by removing them.
+"""Which layers of a masked video transformer matter? Entropy ranks them without data; a probe tests removal.
 
 Gardener: Xiang, Wu & Bai, "Entropy Reveals Block Importance in Masked Self-Supervised Vision Transformers",
 arXiv 2602.03918. The importance of a layer is the entropy of its weights; the lowest go first.
 
-    python gardener.py RUN                           # seconds; or a VideoMAE, timm or Hugging Face checkpoint
-    python gardener.py CHECKPOINT --pattern 'trunk\\.{}\\.(qkv|proj|fc1|fc2)\\.weight'   # another transformer
-    python gardener.py RUN RUN --prune --plot        # without 1, 3, 5, ... least important layers: prune.json
+    python -m extras.gardener RUN                    # seconds; or a VideoMAE, timm or Hugging Face checkpoint
+    python -m extras.gardener CHECKPOINT --pattern 'trunk\\.{}\\.(qkv|proj|fc1|fc2)\\.weight'   # other names
+    python -m extras.gardener RUN RUN --prune        # accuracy without 1, 3, 5, ... layers: prune.json
 
+Layers are counted from 1 through the whole encoder.
 Shapes: B batch, N tokens, P values in one tubelet, D width.
 """
 
+import argparse
 import copy
-import functools
+import json
 import math
+import os
+import pickle
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -21,19 +25,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from analyze import draw_band, pyplot, save_figure, to_json
-from blockwise import read_checkpoint, unwrap
-from data import check_output, pick_device, program
-from probe import extract, open_data, parser, print_table, probe_accuracy, read_runs, split, subjects
+from blockwise import Blockwise, load
+from data import check_writable, pick_device, user_errors
+from probe import extract, load_runs, networks, open_data, parser, print_table, probe_accuracy, split
 
 # ---- importance without data ----
 
-# Where a state_dict keeps the four matrices of an encoder layer, as regular expressions; {} is a number.
-WEIGHTS = {
-    "this project": r"blocks\.block{}\.layers\.{}\.(qkv|proj|fc1|fc2)\.weight",  # block and layer
-    "VideoMAE, timm": r"(module\.)?(encoder\.)?blocks\.{}\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.weight",
-    "Hugging Face": r"(module\.)?(videomae\.)?encoder\.layer\.{}\.(attention\.attention\.(query|key|value)"
-    r"|(attention\.output|intermediate|output)\.dense)\.weight",
+# Names of the matrices of an encoder layer, as regular expressions in which {} is the number of the layer;
+# and how many matrices a layer has.
+PATTERNS = {
+    # VideoMAE's authors, timm
+    r"(module\.)?(encoder\.)?blocks\.{}\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.weight": 4,
+    # Hugging Face
+    r"(module\.)?(videomae\.)?encoder\.layer\.{}\.(attention\.attention\.(query|key|value)"
+    r"|(attention\.output|intermediate|output)\.dense)\.weight": 6,
 }
 
 
@@ -49,52 +54,79 @@ def layer_entropy(weights):
     return entropy, entropy / math.log(len(values)) if len(values) > 1 else 0.0
 
 
-def layer_weights(state, pattern=None):
-    """The weights of every encoder layer in a state_dict: {(layer,) or (block, layer): [tensors]}, in order.
+def model_weights(model):
+    """The four matrices of every encoder layer of a Blockwise model: {"block1 layer 1": [tensors], ...}."""
+    layers = [(name, layer) for name, block in model.blocks.items() for layer in block.layers]
+    return {
+        f"{name} layer {number}": [m.weight for m in (layer.qkv, layer.proj, layer.fc1, layer.fc2)]
+        for number, (name, layer) in enumerate(layers, start=1)
+    }
 
-    pattern: regular expression of the keys, with {} for each number; None: the first of WEIGHTS that fits.
-    Raises ValueError if no key fits.
+
+def checkpoint_weights(state, pattern=None):
+    """The matrices of every encoder layer in any state_dict: {"layer 1": [tensors], ...}.
+
+    pattern: regular expression for their names, with {} where the number of the layer stands, which counts
+    from 0; None: the first of PATTERNS that fits. Raises ValueError if no name fits.
     """
     if pattern and "{}" not in pattern:
-        raise ValueError(f"--pattern {pattern} lacks {{}}, which stands for the number of the layer.")
-    for one in [pattern] if pattern else WEIGHTS.values():
-        names, found = [f"number{i}" for i in range(one.count("{}"))], defaultdict(list)
-        for name in names:  # so that other groups of the pattern are not taken for numbers
-            one = one.replace("{}", rf"(?P<{name}>\d+)", 1)
-        try:
-            numbered = re.compile(one)
-        except re.error as error:
-            raise ValueError(f"--pattern {pattern} is not a regular expression: {error}.") from None
-        for key, value in state.items():
-            if match := numbered.fullmatch(key):
-                found[tuple(int(match[name]) for name in names if match[name])].append(value)
-        if found:
-            return dict(sorted(found.items()))
-    some = ", ".join(key for key in state if key.endswith("weight"))[:400]
+        raise ValueError(f"--pattern {pattern} has no {{}}, which stands for the number of the layer.")
+    for form, matrices in {pattern: 4}.items() if pattern else PATTERNS.items():
+        layers, expression = defaultdict(list), re.compile(form.replace("{}", r"(?P<layer>\d+)", 1))
+        for name, value in state.items():
+            if match := expression.fullmatch(name):
+                layers[int(match["layer"]) + 1].append(value)
+        expected = max(matrices, *map(len, layers.values()), 0)
+        for number in sorted(layers):
+            if len(layers[number]) < expected:
+                have = f"{len(layers[number])} of {expected} matrices"
+                print(f"Warning: layer {number} has only {have}; its entropy does not compare.")
+        if layers:
+            return {f"layer {number}": layers[number] for number in sorted(layers)}
+    some = ", ".join(name for name in state if name.endswith("weight"))[:400]
     example = r"--pattern 'blocks\.{}\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.weight'"
-    raise ValueError(f"No key fits {pattern or 'a known naming'}; give one, like {example}, for: {some} ...")
+    raise ValueError(f"No name fits {pattern or 'a known form'}; give one, like {example}, for: {some} ...")
 
 
-def read_state(path):
-    """The state_dict in a run folder or in a checkpoint, also if it is nested as model, module or state_dict.
+def read_weights(path, pattern=None):
+    """The matrices of every layer of a checkpoint, and of an untrained network of the same shape.
 
-    Raises ValueError if there is none.
+    path: a file, or the folder of a run or of Hugging Face. It is read as data: no code in it is run.
+    Returns two dicts {layer: [tensors]}; the second is empty where the checkpoint is no run.
     """
-    path, checkpoint = read_checkpoint(path)
-    found = {key: value for key, value in unwrap(checkpoint).items() if isinstance(value, torch.Tensor)}
-    if not found:
-        raise ValueError(f"{path} holds no state_dict: no tensors by name.")
-    return found
+    path = Path(path)
+    names = ("last.pt", "model.safetensors", "pytorch_model.bin") if path.is_dir() else ("",)
+    file = next((path / name for name in names if (path / name).is_file()), None)
+    if file is None:
+        raise ValueError(f"There is no checkpoint {path / names[0]}; name a run folder or a file.")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return checkpoint_weights(load_file(file), pattern), {}
+        with torch.serialization.safe_globals([argparse.Namespace]):  # VideoMAE's files hold their settings
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise ValueError(f"{file} needs safetensors; install it with: pip install safetensors") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is damaged, or holds more than data, which is not read.") from error
+    if "config" in state:
+        model, _ = load(file)
+        torch.manual_seed(0)
+        return model_weights(model), model_weights(Blockwise(**model.config))
+    for name in ("model", "module", "state_dict"):  # the state_dict may be nested
+        state = state[name] if isinstance(state.get(name), dict) else state
+    return checkpoint_weights(state, pattern), {}
 
 
 # ---- importance by removing ----
 
 
 def prune(model, layers):
-    """A copy of a Blockwise model without some encoder layers, numbered 1..depth through all blocks.
+    """A copy of a Blockwise model without some encoder layers, counted from 1 through all blocks.
 
-    A removed layer becomes nn.Identity: the residual stream passes, and the keys of the others keep their
-    numbers. To load a saved one: prune(Blockwise(**config), layers).load_state_dict(state).
+    A removed layer becomes nn.Identity: the residual stream passes, and the names of the other weights stay.
+    To load a saved one: prune(Blockwise(**config), layers).load_state_dict(state).
     """
     depth = model.config["depth"]
     if not set(layers) <= set(range(1, depth + 1)):
@@ -102,8 +134,8 @@ def prune(model, layers):
     model = copy.deepcopy(model)
     places = [(block.layers, i) for block in model.blocks.values() for i in range(len(block.layers))]
     for number in set(layers):
-        of_block, i = places[number - 1]
-        of_block[i] = torch.nn.Identity()
+        block_layers, i = places[number - 1]
+        block_layers[i] = torch.nn.Identity()
     return model
 
 
@@ -123,12 +155,12 @@ class Pruned(torch.nn.Module):
         places = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)  # (B, N)
         tokens = dict.fromkeys(self.removed, blocks[0].embedding(patches, places))  # (B, N, D)
         for number, layer in enumerate((layer for block in blocks for layer in block.layers), start=1):
-            done = {}
+            outputs = {}  # {input: output}; inputs are compared as objects, not by value
             for removed, h in tokens.items():
                 if number not in removed:
-                    if h not in done:  # the same tensor, not only an equal one
-                        done[h] = layer(h)
-                    tokens[removed] = done[h]
+                    if h not in outputs:
+                        outputs[h] = layer(h)
+                    tokens[removed] = outputs[h]
         norm = blocks[-1].norm or torch.nn.Identity()
         return {removed: norm(h) for removed, h in tokens.items()}
 
@@ -155,11 +187,12 @@ def probe_pruned(args, model, sources, removed):
 
     Differs from paper, which fine-tunes.
     """
-    models = {"": Pruned(model, removed)}
-    features, targets, _, labels, sizes = extract(models, sources, args.batch, args.workers, args.device)
+    features, targets, _, labels, sizes = extract(
+        {"": Pruned(model, removed)}, sources, batch=args.batch, workers=args.workers, device=args.device
+    )
     folds = split(targets, labels, sizes, sources[0][0])
     probed = tqdm(features.items(), "probes", leave=False)
-    return {choice: probe_accuracy(x, targets, folds)["correct"].mean(axis=0) for (_, choice), x in probed}
+    return {layers: probe_accuracy(x, targets, folds)["correct"].mean(axis=0) for (_, layers), x in probed}
 
 
 def measure_pruning(args, model, sources, draws=5):
@@ -168,7 +201,7 @@ def measure_pruning(args, model, sources, draws=5):
     Rankings: entropy; random, several draws; last, the last layers first; magnitude; and the oracle, which
     removes first what costs least when it alone is removed, on the very clips that it is then tested on.
     """
-    weights = layer_weights(model.state_dict()).values()
+    weights = model_weights(model).values()
     entropies, shares = zip(*(layer_entropy(w) for w in weights))
     # Ours, beside the paper's controls: the mean |w| of the same four matrices.
     magnitude = [torch.cat([part.flatten() for part in w]).abs().mean().item() for w in weights]
@@ -180,20 +213,17 @@ def measure_pruning(args, model, sources, draws=5):
         "magnitude": [magnitude],
     }
     sizes, single = [0, *range(1, depth, 2)], [frozenset([number]) for number in range(1, depth + 1)]
-
-    def choices(rankings):
-        return {c for of_draws in rankings for draw in of_draws for c in least_important(draw, sizes)}
-
-    right = probe_pruned(args, model, sources, choices(rankings.values()).union(single))
-    without = [right[choice].mean() for choice in single]
+    removed = {s for ranking in rankings.values() for draw in ranking for s in least_important(draw, sizes)}
+    correct = probe_pruned(args, model, sources, removed.union(single))
+    without = [correct[layers].mean() for layers in single]
     rankings["oracle"] = [np.negative(without)]
-    if missing := choices([rankings["oracle"]]) - right.keys():
-        right |= probe_pruned(args, model, sources, missing)
+    if missing := set(least_important(rankings["oracle"][0], sizes)) - correct.keys():
+        correct |= probe_pruned(args, model, sources, missing)
     accuracy, rank_correlation = {}, {}
-    for name, of_draws in rankings.items():
-        accuracy[name] = [[right[c].mean() for c in least_important(draw, sizes)] for draw in of_draws]
-        rank_correlation[name] = [spearman(draw, rankings["oracle"][0]) for draw in of_draws]
-    full = right[frozenset()]
+    for name, ranking in rankings.items():
+        accuracy[name] = [[correct[s].mean() for s in least_important(draw, sizes)] for draw in ranking]
+        rank_correlation[name] = [spearman(draw, rankings["oracle"][0]) for draw in ranking]
+    full = correct[frozenset()]
     return {
         "layers": {"entropy": entropies, "/ ln N": shares, "mean |w|": magnitude, "without it": without},
         "removed": sizes,
@@ -203,81 +233,79 @@ def measure_pruning(args, model, sources, draws=5):
     }
 
 
-def draw_pruning(axis, title, result):
-    """Accuracy against layers removed, a line per ranking; random: ±1 sd of draws."""
-    for name, draws in result["accuracy"].items():
-        draw_band(axis, result["removed"], draws, name)
-    what = {"xlabel": "layers removed", "ylabel": "linear probe, last block"}
-    axis.set(title=title, xticks=result["removed"], **what)
-
-
 # ---- command line ----
 
 
-@program()
+@user_errors()
 def main(arguments=None):
     """Rank the layers of every checkpoint by entropy, or probe the runs with layers removed."""
     flags = parser(__doc__)
-    add = flags.add_argument
-    add("--prune", action="store_true", help="probe with layers removed, in several orders")
-    add("--pattern", help="without --prune: regular expression of the weights' keys, {} = layer")
-    add("--out", default="runs/analysis", help="folder for prune.json [runs/analysis]")
-    add("--plot", action="store_true", help="draw figure_prune.png")
+    flags.add_argument("--prune", action="store_true", help="probe with layers removed, in several orders")
+    flags.add_argument("--pattern", help="without --prune: regular expression of matrices, {} = layer")
+    flags.add_argument("--out", default="runs/analysis", help="folder for prune.json [runs/analysis]")
     args = flags.parse_args(arguments)
-    if args.prune and args.pattern:
-        raise ValueError("--pattern is for checkpoints of other programs, which --prune cannot probe.")
-    if args.prune:
-        print_pruning(args)
+    if not args.prune:
+        for path in args.runs:
+            print_entropies(path, args.pattern)
         return
-    for name, value in vars(args).items():
-        if name not in ("runs", "pattern") and value != flags.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')} is for --prune; give both, or leave it out.")
-    for path in args.runs:
-        print_entropies(path, args.pattern)
+    args.device = pick_device(args.device)
+    file, runs, results = Path(args.out) / "prune.json", load_runs(args.runs), {}
+    check_writable(file.parent, folder=True)
+    models, sources = networks(runs, args.before_norm), open_data(args, runs[0])
+    for run in runs:
+        results[run.title] = measure_pruning(args, models[run.title], sources)
+        write_json(file, results)
+        print_pruning(run.title, results[run.title], models[run.title], models[run.untrained])
+    print(f"\n{file}")
+
+
+def write_json(path, results):
+    """Write a JSON file beside the old one, then replace that; nan, unknown to JSON, becomes null."""
+    results = json.loads(json.dumps(results), parse_constant=lambda _: None)
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def print_entropies(path, pattern):
-    """The ranking of one checkpoint: a row per layer, and per block where the keys have two numbers."""
-    rows, blocks = {}, defaultdict(list)
-    for numbers, weights in layer_weights(read_state(path), pattern).items():
-        rows[layer_title(numbers)] = [[value] for value in layer_entropy(weights)]
-        if len(numbers) > 1:
-            blocks[f"block{numbers[0]}, all"] += weights
-    lowest = ", ".join(sorted(rows, key=lambda name: rows[name][0]))
-    rows |= {name: [[value] for value in layer_entropy(weights)] for name, weights in blocks.items()}
-    print_table(str(path), ["entropy", "/ ln N"], rows)
-    print(f"lowest first: {lowest}")
+    """The ranking of one checkpoint: a row per layer, and per block of a run."""
+    weights, untrained = read_weights(path, pattern)
+    rows, columns = entropy_rows(weights), ["entropy", "/ ln N"]
+    if untrained:
+        columns, base = [*columns, "untrained"], entropy_rows(untrained)
+        rows = {title: (*row, base[title][0]) for title, row in rows.items()}
+    print_table(str(path), columns, {title: [[value] for value in row] for title, row in rows.items()})
+    print(f"lowest first: {', '.join(sorted(weights, key=lambda title: rows[title][0]))}")
+    if untrained:
+        print_ranges([rows[title][0] for title in weights], [rows[title][2] for title in weights])
 
 
-def layer_title(numbers):
-    """Name of a layer by the numbers in its keys."""
-    first, *rest = numbers
-    return f"block{first} layers.{'.'.join(map(str, rest))}" if rest else f"layer {first}"
+def entropy_rows(weights):
+    """{title: (entropy, entropy / ln N)} of every layer, then of every block where titles name one."""
+    blocks = defaultdict(list)
+    for title, matrices in weights.items():
+        if title.startswith("block"):
+            blocks[f"{title.split()[0]}, all"] += matrices
+    return {title: layer_entropy(matrices) for title, matrices in {**weights, **blocks}.items()}
 
 
-def print_pruning(args):
-    """The tables of --prune, prune.json and figure_prune.png."""
-    if args.plot:
-        pyplot()
-    args.device = pick_device(args.device)
-    folder, runs, results = Path(args.out), read_runs(args.runs, args.blocks), {}
-    check_output(folder, folder=True)
-    models, sources = subjects(runs, args.before_norm), open_data(args, runs[0])
-    for run in runs:
-        results[run.title] = result = measure_pruning(args, models[run.title], sources)
-        names = [layer_title(numbers) for numbers in layer_weights(run.model.state_dict())]
-        rows = {n: [[v] for v in values] for n, values in zip(names, zip(*result["layers"].values()))}
-        print_table(run.title, result["layers"], rows)
-        rows = {n: [*zip(*draws), result["spearman"][n]] for n, draws in result["accuracy"].items()}
-        columns = [*(f"n = {size}" for size in result["removed"]), "Spearman"]
-        print_table("linear probe without n layers", columns, rows)
-        print(f"Two standard errors over the test clips, n = 0: {result['two standard errors']:.3f}")
-    (folder / "prune.json").write_text(to_json(results))
-    print(f"\n{folder}/prune.json")
-    if args.plot:
-        panels = [functools.partial(draw_pruning, title=t, result=result) for t, result in results.items()]
-        save_figure(folder / "figure_prune.png", panels)
-        print(f"{folder}/figure_prune.png")
+def print_ranges(entropies, untrained):
+    """How far apart the layers are, beside an untrained network, whose order means nothing."""
+    run, chance = np.ptp(entropies), np.ptp(untrained)
+    print(f"Largest - smallest entropy: {run:.3f}; of an untrained network of this shape: {chance:.3f}")
+
+
+def print_pruning(title, result, model, untrained):
+    """The two tables of one run: its layers, and its accuracy without some."""
+    base = [layer_entropy(weights)[0] for weights in model_weights(untrained).values()]
+    columns = result["layers"] | {"untrained": base}
+    values = zip(*columns.values())
+    print_table(title, columns, {name: [[v] for v in row] for name, row in zip(model_weights(model), values)})
+    print_ranges(result["layers"]["entropy"], base)
+    rows = {name: [*zip(*draws), result["spearman"][name]] for name, draws in result["accuracy"].items()}
+    columns = [*(f"n = {size}" for size in result["removed"]), "Spearman"]
+    print_table("linear probe without n layers", columns, rows)
+    print(f"Two standard errors over the test clips, n = 0: {result['two standard errors']:.3f}")
 
 
 if __name__ == "__main__":

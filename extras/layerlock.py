@@ -2,17 +2,16 @@
 
 Erdogan et al., "LayerLock: Non-collapsing Representation Learning with Progressive Freezing", ICCV 2025, arXiv
 2509.10156. Layers converge shallow-first. So: some steps of end-to-end training with pixel targets; then, every
-few steps, freeze the next layer and predict, instead of pixels, what the newest frozen layer makes of the whole
-clip; stop at two thirds of the layers. Sequential blockwise training (blockwise.py) is the other end of this
-axis: blocks of many layers, all epochs for each before it is frozen, a fresh decoder for each, pixels
-throughout.
+few steps, freeze the next layer and predict, instead of pixels, the output of the newest frozen layer for the
+whole clip; stop at two thirds of the layers. Sequential blockwise training (blockwise.py) is the limit of this:
+blocks of several layers, each trained to the end before it is frozen, a new decoder for each, pixel targets.
 
-    python layerlock.py                          # 12 blocks of one layer each, latent targets
-    python layerlock.py --target pixels          # freezing alone: cheaper, the target stays pixels
-    python layerlock.py --freeze-start -1        # the control: nothing frozen; the paper's collapses
-    python layerlock.py --help                   # train.py's settings and those of the schedule
+    python -m extras.layerlock                          # 12 blocks of one layer each, latent targets
+    python -m extras.layerlock --target pixels          # freezing alone: cheaper, the target stays pixels
+    python -m extras.layerlock --freeze-start -1        # the control: nothing frozen; the paper's collapses
+    python -m extras.layerlock --help                   # train.py's settings and those of the schedule
 
-Shapes as in model.py: B batch, N tokens, V visible, M masked, D width, K blocks.
+Shapes as in model.py: B batch, N tokens, V visible, M masked, P values in one tubelet, D width, K blocks.
 """
 
 import math
@@ -22,86 +21,112 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
+import data
 import train
-from blockwise import autocast, decoder_backward, optimizer_step, trainable
+from blockwise import autocast, block_params, decoder_backward, optimizer_step
 from model import gather_tokens, normalized_targets
 from train import option
 
+# ---- the method ----
 
-def layerlock_step(
-    model, optimizer, video, visible, masked, *, frozen, target, dtype=None, clip=None, slices=1, reduce=None
+
+def masked_step(
+    model, optimizer, video, visible, masked, *, frozen, target, dtype, grad_clip, slices, reduce
 ):
     """One step of an e2e model whose blocks 1..frozen are fixed, towards the output of block `target`.
 
-    target: 0 for pixels. Frozen blocks build no graph. The other arguments, and what is returned: train_step()'s.
+    target: 0 for pixels. Frozen blocks build no graph. The other arguments, and the result, are train_step()'s.
     """
     patches, names = model.patches(video), list(model.blocks)  # (B, N, P)
     if target:
-        wanted = latent_target(model, patches, masked, target, dtype)  # (B, M, D)
+        targets = latent_target(model, patches, masked, target, dtype)  # (B, M, D)
     else:
-        wanted = normalized_targets(gather_tokens(patches, masked))[0]  # (B, M, P)
+        targets = normalized_targets(gather_tokens(patches, masked))[0]  # (B, M, P)
     h = gather_tokens(patches, visible)  # (B, V, P)
     for k, name in enumerate(names):
         with torch.set_grad_enabled(k >= frozen), autocast(h, dtype):
             h = model.blocks[name](h, visible)  # (B, V, D)
     decoder = model.decoders[name]
-    loss, gradient = decoder_backward(decoder, h, visible, masked, wanted, slices=slices, dtype=dtype)
+    loss, gradient = decoder_backward(decoder, h, visible, masked, targets, slices=slices, dtype=dtype)
     h.backward(gradient)
-    return {name: loss}, optimizer_step(model, names[frozen:], optimizer, clip=clip, reduce=reduce)
+    norms = optimizer_step(model, names[frozen:], optimizer, grad_clip=grad_clip, reduce=reduce)
+    return {name: loss}, norms
 
 
 @torch.no_grad()
 def latent_target(model, patches, masked, target, dtype=None):
-    """What block `target` makes of the whole clip, at the masked positions: (B, M, D), without a gradient.
+    """The output of block `target` for the whole clip, at the masked positions: (B, M, D), without a gradient.
 
-    patches: (B, N, P). Squared error to it is the loss; a single target is as good as several.
+    patches: (B, N, P). The loss is the squared error to it; a single target is as good as several.
     """
     # Paper does not say: whether the target is normalised. Ours is, token by token, as no two layers have the
     # same scale. Nor that no gradient reaches it.
-    h, everything = patches, torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
+    h, places = patches, torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
     with autocast(patches, dtype):
         for name in list(model.blocks)[:target]:
-            h = model.blocks[name](h, everything)  # (B, N, D)
+            h = model.blocks[name](h, places)  # (B, N, D)
     return gather_tokens(F.layer_norm(h.float(), h.shape[-1:]), masked)  # (B, M, D)
 
 
-def freeze_schedule(step, *, start, every, until):
-    """How many blocks are frozen at a step: none before `start`, then one more every `every` steps.
+def frozen_blocks(step, *, start, every, until):
+    """Number of frozen blocks at a step: 0 before `start`, then one more every `every` steps, at most `until`.
 
-    until: the most. start -1: none ever. every 0: all at once.
+    start -1: none ever. every 0: all at once.
     """
     if start < 0 or step < start:
         return 0
     return min(until, 1 + (step - start) // every) if every else until
 
 
-def freeze_blocks(model, optimizer, *, frozen, target=0):
-    """Fix blocks 1..frozen from now on, and make the decoder fit to predict the output of block `target`.
-
-    What still learns keeps its AdamW state; that of the frozen blocks is freed. When the target changes from
-    pixels to a block's output, the decoder gets a new head of that width, drawn from torch's random state.
-    """
-    # Paper does not say: where the new head comes from.
-    width, names = model.config["width"], list(model.blocks)
+def latent_head(model, optimizer, seed):
+    """Give the decoder a new head that predicts D values, for latent targets, in place of the pixels' head."""
+    # Paper does not say: where the new head comes from. Ours is drawn from the seed, initialised like the old one.
+    names, width = list(model.blocks), model.config["width"]
     decoder = model.decoders[names[-1]]
-    if target and model.config["decoder_values"] is None:
-        device = decoder.head.weight.device
-        decoder.head = nn.Linear(model.config["decoder_width"], width)
-        nn.init.xavier_uniform_(decoder.head.weight)
-        nn.init.zeros_(decoder.head.bias)
-        decoder.head.to(device)
-        model.config["decoder_values"] = width
-    learning = [p for name in names[frozen:] for p in trainable(model, name)]
+    device = decoder.head.weight.device
+    for p in decoder.head.parameters():
+        optimizer.state.pop(p, None)
+    torch.manual_seed(seed)
+    decoder.head = nn.Linear(model.config["decoder_width"], width)
+    nn.init.xavier_uniform_(decoder.head.weight)
+    nn.init.zeros_(decoder.head.bias)
+    decoder.head.to(device)
+    model.config["decoder_values"] = width
+    params = [p for name in names for p in block_params(model, name)]
     matrices, vectors = optimizer.param_groups
-    matrices["params"] = [p for p in learning if p.ndim > 1]
-    vectors["params"] = [p for p in learning if p.ndim <= 1]
-    for p in optimizer.state.keys() - set(learning):
-        del optimizer.state[p]
+    matrices["params"] = [p for p in params if p.ndim > 1]
+    vectors["params"] = [p for p in params if p.ndim <= 1]
 
 
-# ---- the program: train.py's loop with another learner ----
+def layerlock_step(model, optimizers, video, visible, masked, *, config, step, steps, **settings):
+    """One step of the schedule, in place of train_step() in train.train().
+
+    A frozen block gets no gradient, so AdamW leaves it alone; its AdamW state is freed.
+    """
+    [optimizer] = optimizers
+    start, every, until = config.freeze_start, config.freeze_every, config.freeze_until
+    frozen = target = frozen_blocks(step, start=start, every=every, until=until)
+    if start == -1:  # the control. Paper does not say: its target, and from what step on.
+        target = until
+    if config.target == "pixels":
+        target = 0
+    if target and model.config["decoder_values"] is None:
+        latent_head(model, optimizer, config.seed)
+    for name in list(model.blocks)[:frozen]:
+        for p in model.blocks[name].parameters():
+            optimizer.state.pop(p, None)
+    # A short warm-up after each switch. Paper does not say: how long it is, and whether freezing alone has one.
+    # Ours has; it is the same share of steps as at the start.
+    warmup_steps = round(config.warmup * (every or steps - start))
+    if frozen and warmup_steps:
+        since = step - start - every * (frozen - 1)
+        for group in optimizer.param_groups:
+            group["lr"] *= min(1, (since + 1) / warmup_steps)
+    return masked_step(model, optimizer, video, visible, masked, frozen=frozen, target=target, **settings)
+
+
+# ---- the program: train.py's loop with another step ----
 
 
 @dataclass
@@ -110,13 +135,13 @@ class Config(train.Config):
 
     program: ClassVar[str] = "-m extras.layerlock"
     regime: Literal["layerlock"] = option("layerlock", "the only one here")
-    blocks: int = option(12, "K, what is frozen at a time; the paper's is one layer", least=2, most=1000)
+    blocks: int = option(
+        12, "K, blocks that freeze one by one; the paper's are of one layer", least=2, most=1000
+    )
     target: Literal["latent", "pixels"] = option(
         "latent", "once a block is frozen: its output, or still pixels"
     )
-    freeze_start: int | None = option(
-        None, "steps before block 1 freezes; -1: none ever (1/3 of all)", least=-1
-    )
+    freeze_start: int | None = option(None, "steps before block 1 freezes; -1: never (1/3 of all)", least=-1)
     freeze_every: int | None = option(None, "steps to the next; 0: all at once (so that all fit)", least=0)
     freeze_until: int | None = option(None, "blocks frozen in the end (2/3 of K, if they fit)", least=1)
 
@@ -130,53 +155,8 @@ class Config(train.Config):
         return super().model_arguments() | {"regime": "e2e"}
 
 
-class LayerLock(train.Learner):
-    """An e2e model, of which the schedule freezes one block after the other."""
-
-    def __init__(self, config, model, steps, checkpoint=None):
-        if config.graph:
-            raise ValueError("layerlock.py changes what it trains, which a graph cannot; leave out --graph.")
-        resolve_schedule(config, steps)
-        self.now = (0, 0)  # blocks frozen, and the block whose output is the target; 0: pixels
-        super().__init__(config, model, steps, checkpoint)
-
-    def frozen(self, step):
-        """Blocks that are frozen at a step."""
-        c = self.config
-        return freeze_schedule(step, start=c.freeze_start, every=c.freeze_every, until=c.freeze_until)
-
-    def make_ready(self, step):
-        """Freeze, and change the target, as the schedule says for a step."""
-        super().make_ready(step)
-        frozen = target = self.frozen(step)
-        if self.config.freeze_start == -1:  # the control. Paper does not say: its target, and from when on.
-            target = self.config.freeze_until
-        if self.config.target == "pixels":
-            target = 0
-        if (frozen, target) != self.now:
-            torch.manual_seed(self.config.seed)  # of the new head: the same after resuming
-            freeze_blocks(self.model, self.optimizers[0], frozen=frozen, target=target)
-            self.now = (frozen, target)
-
-    def learning_rate(self, step):
-        """With a short warm-up after each switch."""
-        # Paper does not say: how long that warm-up is, and whether freezing alone has one. Ours has; it is the
-        # same share as at the start.
-        c, frozen = self.config, self.frozen(step)
-        warm = round(c.warmup * (c.freeze_every or self.steps - c.freeze_start))
-        since = step - c.freeze_start - c.freeze_every * (frozen - 1)
-        return super().learning_rate(step) * (min(1, (since + 1) / warm) if frozen and warm else 1)
-
-    def step(self, video, visible, masked):
-        """As in train.Learner."""
-        frozen, target = self.now
-        batch = (video.to(self.config.device), visible, masked)
-        settings = self.step_settings() | {"frozen": frozen, "target": target}
-        return layerlock_step(self.model, self.optimizers[0], *batch, **settings)
-
-
 def resolve_schedule(config, steps):
-    """Fill in what was left open of the schedule, and print it. ValueError if it does not fit the run."""
+    """Fill in the settings of the schedule that were left open. ValueError if it does not fit the run."""
     # Scaled from the paper's ViT-G: 160K steps of pixels, then 32 of 48 layers, one every 10K steps.
     if config.freeze_start is None:
         config.freeze_start = steps // 3
@@ -199,15 +179,27 @@ def resolve_schedule(config, steps):
     if start == -1 and config.target == "pixels":
         fix = "leave out --freeze-start or --target"
         raise ValueError(f"Pixel targets with nothing frozen are train.py --regime e2e; {fix}.")
-    how = f"every {every} steps" if every else "all at once"
-    when = f"from step {start} on, {how}, until {until} are frozen" if start >= 0 else "never"
-    if train.processes()[0] == 0:
-        tqdm.write(f"blocks freeze {when}; target: {config.target}")
 
 
+def describe_schedule(config):
+    """The schedule in words."""
+    if config.freeze_start == -1:
+        return f"no block freezes; target: output of block {config.freeze_until}"
+    pace = f"every {config.freeze_every} steps" if config.freeze_every else "all at once"
+    frozen = f"from step {config.freeze_start} on, {pace}, until {config.freeze_until} are frozen"
+    return f"blocks freeze {frozen}; target: {config.target}"
+
+
+@data.user_errors()
 def main(arguments=None):
     """Train as the command line says."""
-    train.main(arguments, Config=Config, Learner=LayerLock, manual=__doc__)
+    data.keep_freed_memory()
+    config, given = train.parse(Config, __doc__, arguments)
+    config, model, source, checkpoint = train.set_up(config, given)
+    resolve_schedule(config, train.steps_per_stage(config, source))
+    print(describe_schedule(config))
+    with train.error_hint(config):
+        train.train(config, model, source, checkpoint, layerlock_step)
 
 
 if __name__ == "__main__":

@@ -4,122 +4,41 @@ No gradient crosses a block boundary (arXiv 2601.09040, Sec. 3.1), so nothing ev
 a batch while process k - 1 works on the next one. The numbers are those of one process, bit for bit on a CPU
 with as many threads.
 
-    torchrun --nproc-per-node 4 pipeline.py --blocks 4          # train.py's settings
-    torchrun --nproc-per-node 4 pipeline.py --resume --out RUN  # or train.py, in one process
+    torchrun --nproc-per-node 4 -m extras.pipeline --blocks 4          # train.py's settings
+    torchrun --nproc-per-node 4 -m extras.pipeline --resume --out RUN  # or train.py --resume, in one process
 
-Process 0 reads the clips, trains block 1 and writes the run's files; clips and tokens flow down from it.
+Process 0 reads the clips, trains block 1 and writes the run's files; clips and tokens are sent on from it.
 Shapes as in model.py: B batch, T frames, H W pixels, C channels, V visible, D width.
 """
 
 import collections
-import itertools
-from dataclasses import dataclass
-from typing import ClassVar
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
+import data
 import train
-from blockwise import autocast, decoder_backward, make_optimizers, optimizer_step
+from blockwise import autocast, decoder_backward, make_optimizers, optimizer_step, save
 from model import gather_tokens, normalized_targets
 
-TOKENS, VIDEO, CODE = 1, 2, 3  # kinds of message
+TOKENS, VIDEO, DECISION = 1, 2, 3  # kinds of message
 
 
-@dataclass
-class Config(train.Config):
-    """train.py's settings."""
+class Neighbours:
+    """Messages from the process before and to the process after this one."""
 
-    program: ClassVar[str] = "-m extras.pipeline"
-
-
-class Pipeline(train.Learner):
-    """Rank k - 1 trains block k with its decoder and AdamW, on tokens that rank k - 2 sends."""
-
-    def __init__(self, config, model, steps, checkpoint=None):
-        count = train.processes()[1]
-        if config.regime != "simultaneous" or config.blocks == 1 or config.compile or config.graph:
-            raise ValueError("pipeline.py is for --regime simultaneous, K > 1, no --compile and no --graph.")
-        if count != config.blocks:
-            raise ValueError(
-                f"pipeline.py wants a process for each of {config.blocks} blocks, not {count}; start it by: "
-                f"torchrun --nproc-per-node {config.blocks} pipeline.py --blocks {config.blocks} ..."
-            )
-        super().__init__(config, model, steps, checkpoint)
-        self.last, self.sent = count - 1, collections.deque()
-
-    @property
-    def part(self):
-        """Batches are not shared out."""
-        return 0, 1
-
-    def load_optimizers(self, states):
-        """Keep this rank's state only."""
-        super().load_optimizers(states)
-        self.optimizers = [o if k == self.rank else None for k, o in enumerate(self.optimizers)]
-
-    def batches(self, source, first, last):
-        """Only rank 0 reads clips."""
-        if self.rank == 0:
-            return super().batches(source, first, last)
-        return itertools.repeat({"video": None, "index": [], "missing": 0, "broken": {}})
-
-    def step(self, video, visible, masked):
-        """Receive h_{k-1}, compute h_k, send it on; then the local loss and the optimizer step of block k."""
-        c, name, dtype = self.config, f"block{self.rank + 1}", self.step_settings()["dtype"]
-        shape = (c.batch, *self.model.video, 3)
-        video = video.to(c.device) if self.rank == 0 else self.receive(shape, torch.uint8, VIDEO)
-        self.send(video, VIDEO)
-        patches = self.model.patches(video)  # (B, N, P)
-        target = normalized_targets(gather_tokens(patches, masked))[0]  # (B, M, P)
-        if self.rank == 0:
-            h = gather_tokens(patches, visible)  # (B, V, P)
-        else:
-            h = self.receive((*visible.shape, self.model.config["width"]), torch.float32, TOKENS)  # (B, V, D)
-        with autocast(h, dtype):
-            h = self.model.blocks[name](h, visible)  # (B, V, D)
-        self.send(h.detach(), TOKENS)
-        local = (self.model.decoders[name], h, visible, masked, target)
-        loss, gradient = decoder_backward(*local, slices=c.decoder_slices, dtype=dtype)
-        h.backward(gradient)
-        return {name: loss}, optimizer_step(self.model, [name], self.optimizers[self.rank], clip=c.clip)
-
-    def agree(self, stop, due):
-        """Rank 0 decides; the others hear of it after the same step."""
-        code = torch.tensor([stop, due], dtype=torch.uint8)
-        if self.rank > 0:
-            code = self.receive((2,), torch.uint8, CODE)
-        self.send(code, CODE)
-        return tuple(map(bool, code))
-
-    def collect(self, losses, norms):
-        """Those of all blocks, on rank 0."""
-        found = self.gather((losses, norms))
-        return [{name: value for part in found for name, value in part[i].items()} for i in range(2)]
-
-    def whole(self):
-        """For pictures and checkpoints, rank 0 takes in what the others have learned."""
-        model, mine = self.model, f"block{self.rank + 1}"
-        parts = (model.blocks[mine], model.decoders[mine], self.optimizers[self.rank])
-        found = self.gather([part.state_dict() for part in parts])
-        if not found:
-            return model, None
-        optimizers = make_optimizers(model)
-        for name, optimizer, states in zip(model.blocks, optimizers, found):
-            for part, state in zip((model.blocks[name], model.decoders[name], optimizer), states):
-                part.load_state_dict(state)
-        return model, optimizers
-
-    def close(self):
-        """Wait until everything sent has arrived, and for all."""
-        for work, _ in self.sent:
-            work.wait()
-        super().close()
-
-    # ---- messages ----
+    def __init__(self, rank, count, device):
+        self.rank, self.last, self.device, self.sent = rank, count - 1, device, collections.deque()
 
     def send(self, tensor, kind):
-        """Start sending to the next process. At most a few messages are under way: a fast process waits."""
+        """Start sending to the next process. A few messages may be under way, then a fast process waits."""
         if self.rank < self.last:
             tensor = tensor.contiguous()
             self.sent.append((dist.isend(tensor, self.rank + 1, tag=kind), tensor))
@@ -128,20 +47,183 @@ class Pipeline(train.Learner):
 
     def receive(self, shape, dtype, kind):
         """Wait for a tensor from the process before."""
-        tensor = torch.empty(shape, dtype=dtype, device="cpu" if kind == CODE else self.config.device)
+        tensor = torch.empty(shape, dtype=dtype, device="cpu" if kind == DECISION else self.device)
         dist.recv(tensor, self.rank - 1, tag=kind)
         return tensor
 
     def gather(self, value):
-        """What all ranks give, on rank 0; [] elsewhere."""
-        found = [None] * (self.last + 1) if self.rank == 0 else None
-        dist.gather_object(value, found)
-        return found or []
+        """The values of all processes on process 0; [] elsewhere."""
+        values = [None] * (self.last + 1) if self.rank == 0 else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def close(self):
+        """Wait until everything sent has arrived, and for all processes."""
+        for work, _ in self.sent:
+            work.wait()
+        dist.barrier()
 
 
+def block_step(config, model, optimizer, neighbours, video, visible, masked):
+    """Receive h_{k-1}, compute h_k, send it on; then the local loss and the optimizer step of block k = rank + 1.
+
+    video: on rank 0, (B, T, H, W, C); None elsewhere. Returns (losses, norms) as train_step(), of this block.
+    """
+    rank, name = neighbours.rank, f"block{neighbours.rank + 1}"
+    dtype = torch.bfloat16 if config.dtype == "bf16" else None
+    if rank > 0:
+        video = neighbours.receive((config.batch, *model.video, 3), torch.uint8, VIDEO)
+    neighbours.send(video, VIDEO)
+    patches = model.patches(video)  # (B, N, P)
+    target = normalized_targets(gather_tokens(patches, masked))[0]  # (B, M, P)
+    if rank == 0:
+        h = gather_tokens(patches, visible)  # (B, V, P)
+    else:
+        h = neighbours.receive((*visible.shape, model.config["width"]), torch.float32, TOKENS)  # (B, V, D)
+    with autocast(h, dtype):
+        h = model.blocks[name](h, visible)  # (B, V, D)
+    neighbours.send(h.detach(), TOKENS)
+    loss, gradient = decoder_backward(
+        model.decoders[name], h, visible, masked, target, slices=config.decoder_slices, dtype=dtype
+    )
+    h.backward(gradient)
+    return {name: loss}, optimizer_step(model, [name], optimizer, grad_clip=config.grad_clip)
+
+
+def whole_optimizers(model, optimizer, neighbours):
+    """On process 0, take in what the other processes have learned: all optimizers. None elsewhere."""
+    own = f"block{neighbours.rank + 1}"
+    parts = (model.blocks[own], model.decoders[own], optimizer)
+    states = neighbours.gather([part.state_dict() for part in parts])
+    if not states:
+        return None
+    optimizers = make_optimizers(model)
+    for name, block_optimizer, block_states in zip(model.blocks, optimizers, states):
+        parts = (model.blocks[name], model.decoders[name], block_optimizer)
+        for part, state in zip(parts, block_states):
+            part.load_state_dict(state)
+    return optimizers
+
+
+def train_pipeline(config, model, source, checkpoint):
+    """The loop of train.train(), of one block."""
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    is_main, out, signals = rank == 0, Path(config.out), train.catch_signals()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if config.device.startswith("cuda") else "gloo")
+    neighbours = Neighbours(rank, count, config.device)
+    total, first_step = train.steps_per_stage(config, source), checkpoint["step"] if checkpoint else 0
+    optimizer = make_optimizers(
+        model, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+    )[rank]
+    if first_step:
+        optimizer.load_state_dict(checkpoint["optimizers"][rank])
+    saved = {
+        "settings": asdict(config) | {"program": config.program},
+        "data": source.fingerprint,
+        "total": total,
+    }
+    if is_main:
+        train.describe(config, model, source)
+        print(f"{total - first_step} steps of {config.batch} clips, a process for each block", flush=True)
+        clips, skipped = train.eval_clips(config, model, source), data.Skipped(source)
+        out.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None:
+            save(out / "last.pt", model, [], step=0, **saved)
+        (out / "config.json").write_text(json.dumps(saved["settings"], indent=1) + "\n")
+        log = train.open_log(out / "log.jsonl", first_step)
+        batches = iter(
+            data.train_loader(
+                source,
+                batch=config.batch,
+                first=first_step,
+                last=total,
+                seed=config.seed,
+                workers=config.workers,
+            )
+        )
+    last_save, last_log, last_log_step, waited = time.monotonic(), time.perf_counter(), first_step, 0.0
+    step, stopping, video, names = first_step, False, None, []
+    with tqdm(total=total, initial=first_step, unit=" steps", mininterval=1, disable=not is_main) as bar:
+        while step < total and not stopping:
+            for params in optimizer.param_groups:
+                params["lr"] = train.learning_rate(config, step, total)
+            if is_main:
+                start = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - start
+                for message in skipped.update(batch):
+                    bar.write(message)
+                video = batch["video"].to(config.device)  # (B, T, H, W, C)
+                names = [source.name(index) for index in batch["index"]]
+            visible, masked = train.step_masks(config, model, step)
+            losses, norms = block_step(config, model, optimizer, neighbours, video, visible, masked)
+            step += 1
+            bar.update()
+
+            # Process 0 decides whether to stop and save; the others hear of it after the same step.
+            decision = torch.tensor([bool(signals), time.monotonic() - last_save > train.SAVE_SECONDS]).byte()
+            if not is_main:
+                decision = neighbours.receive((2,), torch.uint8, DECISION)
+            neighbours.send(decision, DECISION)
+            stopping, save_due = map(bool, decision)
+
+            last_step = step == total or stopping
+            should_evaluate = last_step or step == 1 or step % max(1, total // 10) == 0
+            should_log = should_evaluate or step % min(50, max(1, total // 100)) == 0
+            losses, norms = ({name: x.item() for name, x in values.items()} for values in (losses, norms))
+            train.check_finite(losses, norms, step, names)
+            if not should_log:
+                continue
+            blocks = neighbours.gather((losses, norms))
+            if should_evaluate or save_due:
+                optimizers = whole_optimizers(model, optimizer, neighbours)
+            if is_main:
+                now, record = (
+                    time.perf_counter(),
+                    {"step": step, "epoch": round(step * config.batch / len(source), 4)},
+                )
+                record["lr"] = optimizer.param_groups[0]["lr"]
+                for key, number in (("loss", 0), ("grad_norm", 1)):
+                    record[key] = {name: value for block in blocks for name, value in block[number].items()}
+                speed = config.batch * (step - last_log_step) / (now - last_log)
+                record |= {"clips_per_s": round(speed, 1), "wait": round(waited / (now - last_log), 4)}
+                record["memory_mb"] = round(train.peak_memory())
+                if should_evaluate:
+                    record |= train.evaluate(model, clips, out / f"recon_{step:06d}.png", list(model.blocks))
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                if last_step or save_due:
+                    save(out / "last.pt", model, optimizers, step=step, **saved)
+                    last_save = time.monotonic()
+                if should_evaluate:
+                    bar.write(train.summary_line(record))
+            last_log, last_log_step, waited = time.perf_counter(), step, 0.0
+    neighbours.close()
+    if is_main and not stopping:
+        print(train.next_command(config, source))
+    if stopping:
+        if is_main:
+            command = f"torchrun --nproc-per-node {count} -m extras.pipeline --resume --out {config.out}"
+            print(f"stopped and saved; go on with: {command}", flush=True)
+        sys.exit(128 + (signals[0] if signals else 15))
+
+
+@data.user_errors()
 def main(arguments=None):
     """Train as the command line says."""
-    train.main(arguments, Config=Config, Learner=Pipeline, manual=__doc__)
+    data.keep_freed_memory()
+    config, given = train.parse(train.Config, __doc__, arguments)
+    config, model, source, checkpoint = train.set_up(config, given, parts=1)  # every process: whole batches
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.regime != "simultaneous" or config.blocks == 1 or config.compile:
+        raise ValueError("extras.pipeline is for --regime simultaneous, K > 1 and no --compile.")
+    if count != config.blocks:
+        raise ValueError(
+            f"extras.pipeline needs a process for each of {config.blocks} blocks, not {count}; start it with: "
+            f"torchrun --nproc-per-node {config.blocks} -m extras.pipeline --blocks {config.blocks} ..."
+        )
+    with train.error_hint(config):
+        train_pipeline(config, model, source, checkpoint)
 
 
 if __name__ == "__main__":
