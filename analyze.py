@@ -1,31 +1,30 @@
-"""How does the representation develop with depth? The paper's measurements, block by block, and its claims.
+"""How does the representation develop with depth? The paper's measurements of every block of some runs.
 
-Römer & Dickscheid, arXiv 2601.09040, Sec. 4. The probe and retrieval are in probe.py.
+Römer & Dickscheid, arXiv 2601.09040, Sec. 4. The linear probe and retrieval are in probe.py.
 
-    python analyze.py runs/nano-e2e-4 runs/nano-simultaneous-4 runs/nano-sequential-4 --plot
+    python analyze.py runs/nano-e2e-4 runs/nano-simultaneous-4 runs/nano-sequential-4
     python analyze.py RUN RUN --data VIDEOS --train-list train.txt --test-list test.txt
 
-Prints one table per measurement and what the runs say to the paper's claims C1-C7; writes analysis.json and
-figures. Runs whose folders differ only in -seed1, -seed2 are seeds of one setting; a claim needs two or more.
-Shapes: B batch, N tokens, D width, K blocks, M masked tokens, P values in one tubelet; here n clips.
+Prints one table per measurement. Writes analysis.json (all values, by run and block) and analysis.npz (some of
+them by test clip). Runs whose folders differ only in -seed1, -seed2 are seeds of one group: one row, mean ± sd.
+Shapes: B batch, N tokens, D width, K blocks, M masked tokens, P values in one tubelet, L targets; here n clips.
 """
 
-import functools
-import itertools
 import json
 import math
+import os
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import check_output, evaluation_loader, pick_device, program
+from blockwise import local_loss
+from data import check_writable, eval_loader, pick_device, user_errors
 from model import gather_tokens, normalized_targets, tube_mask
-from probe import extract, open_data, parser, print_table, probe_accuracy, read_runs, score, split, subjects
+from probe import extract, load_runs, networks, open_data, parser, print_table, probe_accuracy, score, split
 
 # ---- measurements: plain tensors in, numbers out ----
 
@@ -96,9 +95,28 @@ def uniformity(x):
     return distance.square_().mul_(-2).exp_().mean().log().item()
 
 
-def occlusion_drop(accuracy, occluded):
-    """OccDrop (Sec. 4): share of a probe's accuracy that is lost when retrained on occluded clips."""
-    return (accuracy - occluded) / accuracy if accuracy else math.nan
+@torch.no_grad()
+def reconstruction_losses(model, videos, *, ratio=0.9, seed=0):
+    """Local loss by block on masked clips (Sec. 4): {"block1": float, ...}; e2e has block K's only.
+
+    videos: an iterable of (B, T, H, W, C) uint8. The masks are drawn from seed, the same for every model, also
+    for one that was trained with another ratio.
+    """
+    generator, sums, count = torch.Generator().manual_seed(seed), defaultdict(float), 0
+    device = next(model.parameters()).device
+    for video in videos:
+        visible, masked = (index.to(device) for index in tube_mask(len(video), model.grid, ratio, generator))
+        video = video.to(device)
+        target = normalized_targets(gather_tokens(model.patches(video), masked))[0]  # (B, M, P)
+        for name, prediction in model.reconstruct(video, visible, masked).items():
+            sums[name] += local_loss(prediction, target).item() * len(video)
+        count += len(video)
+    if not count:
+        raise ValueError("There is no clip to read in this data.")
+    return {name: total / count for name, total in sums.items()}
+
+
+# ---- OccDrop: the accuracy that a probe loses if a clip shows one patch only (Sec. 4) ----
 
 
 def occlude(video, patch=(16, 16), *, halves=False, blank=0, generator=None):
@@ -121,88 +139,116 @@ def occlude(video, patch=(16, 16), *, halves=False, blank=0, generator=None):
     return kept
 
 
-@torch.no_grad()
-def reconstruction_losses(model, videos, *, ratio=0.9, seed=0):
-    """Local loss by block on masked clips (Sec. 4): {"block1": float, ...}; e2e has block K's only.
+class Occluded:
+    """A source of clips (data.py) whose clips are occluded; the number of a clip decides the patch that stays."""
 
-    videos: an iterable of (B, T, H, W, C) uint8. The masks are drawn from seed, the same for every model, also
-    for one that was trained with another ratio.
+    def __init__(self, source, **arguments):
+        self.source, self.arguments = source, arguments  # arguments of occlude()
+        self.labels, self.name, self.targets = source.labels, source.name, source.targets
+        self.fingerprint = source.fingerprint
+
+    def __len__(self):
+        return len(self.source)
+
+    def read(self, index, rng=None):
+        """Clip `index` of the source, occluded."""
+        video = torch.from_numpy(self.source.read(index))
+        generator = torch.Generator().manual_seed(index)
+        return occlude(video, generator=generator, **self.arguments).numpy()
+
+
+def occluded_sources(sources, model, stimuli):
+    """The same clips, [(source, indices)], occluded. stimuli: gratings or double-gratings, or else None."""
+    # Differs from paper: the patch is a tubelet's, which is 16 x 16 as there in its sizes, but 8 x 8 in nano.
+    # Blank is 0, which in gratings (-1..1) is mid-grey.
+    arguments = {"patch": model.tubelet[1:], "halves": stimuli == "double-gratings"}
+    arguments["blank"] = 128 if stimuli in ("gratings", "double-gratings") else 0
+    occlude(torch.zeros(*model.video, 3), **arguments)  # raises if clips are too narrow
+    return [(Occluded(source, **arguments), indices) for source, indices in sources]
+
+
+def occlusion_drop(accuracy, occluded):
+    """Share of the accuracy that is lost if the probe is retrained and tested on occluded clips."""
+    return (accuracy - occluded) / accuracy if accuracy else math.nan
+
+
+def occlusion_drops(scores, occluded, targets, folds):
+    """OccDrop of every block: ([K], (K, test clips)). The second is the effect of each test clip on the first.
+
+    scores: score() of every block on whole clips. occluded: features [(n, D)] of every block, of the same clips
+    occluded. targets: (n, L). folds: as for probe_accuracy().
     """
-    generator, sums, count = torch.Generator().manual_seed(seed), defaultdict(float), 0
-    device = next(model.parameters()).device
-    for video in videos:
-        visible, masked = (index.to(device) for index in tube_mask(len(video), model.grid, ratio, generator))
-        video = video.to(device)
-        target = normalized_targets(gather_tokens(model.patches(video), masked))[0]  # (B, M, P)
-        for name, prediction in model.reconstruct(video, visible, masked).items():
-            sums[name] += F.mse_loss(prediction, target).item() * len(video)
-        count += len(video)
-    if not count:
-        raise ValueError("There is no clip to read in this data.")
-    return {name: total / count for name, total in sums.items()}
+    retrained = [probe_accuracy(x, targets, folds) for x in occluded]
+    a, o = ([np.mean(s["accuracy"]) for s in probes] for probes in (scores, retrained))
+    drops = [occlusion_drop(*pair) for pair in zip(a, o)]
+    # To first order, a clip changes 1 - o / a by this; a constant is left out, as only the spread is used.
+    a, o = (np.reshape(values, (-1, 1)) for values in (a, o))
+    correct, still_correct = (
+        np.stack([s["correct"].mean(axis=0) for s in probes]) for probes in (scores, retrained)
+    )
+    return drops, correct * o / a**2 - still_correct / a
 
 
 # ---- all measurements of some runs ----
 
-# Paper does not say: which targets are which. Every parameter of one stimulus is low level; relations between
-# two, and what a whole clip shows, are high level. shape and size are neither.
+# Paper does not say: the level of each target. Ours: every parameter of one stimulus is low level; relations
+# between two, and what a whole clip shows, are high level. shape and size are neither.
 LOW = ("colour", "contrast", "sf", "sf_left", "sf_right", "tf", "theta", "theta_left", "theta_right")
 HIGH = ("motion", "agreement", "class", "delta", "higher_side", "sf_difference", "sf_match", "theta_match")
-
-
-class Occluded:
-    """A source whose clips are occluded; which patch is left is drawn from the number of the clip."""
-
-    def __init__(self, source, rule):
-        self.source, self.rule = source, rule  # rule: arguments of occlude()
-        self.labels, self.name, self.targets = source.labels, source.name, source.targets
-        self.check_broken = source.check_broken
-
-    def read(self, index, rng=None):
-        """Clip `index` of the source, occluded."""
-        generator = torch.Generator().manual_seed(index)
-        video = torch.from_numpy(self.source.read(index))
-        return occlude(video, generator=generator, **self.rule).numpy()
+# Differs from paper: of more test clips, a random choice of this many. The first two need memory of n x n.
+MOST_CLIPS = {"RBF CKA": 1000, "uniformity": 5000, "reconstruction loss": 1000}
 
 
 def measure(args, runs, sources):
-    """Everything about every run and its untrained network, on the test clips.
+    """All measurements of all runs and their untrained networks, on the test clips.
 
-    Returns {title: {measurement: [value by block]}} and {title: {measurement: (K, test clips)}}.
+    Returns values {title: {measurement: [K]}}, by_clip {title: {measurement: (K, test clips)}}, chance
+    {measurement: value}, and the numbers of clips {"read", "tested", "folds"}.
     """
-    models, options = subjects(runs, args.before_norm), (args.batch, args.workers, args.device)
-    # Differs from paper: the patch is a tubelet's, which is 16 x 16 as there in its sizes, but 8 x 8 in nano.
-    # Blank is 0, which in gratings (-1..1) is mid-grey.
-    halves, blank = args.data == "double-gratings", 128 if args.data in ("gratings", "double-gratings") else 0
-    rule = {"patch": runs[0].model.tubelet[1:], "halves": halves, "blank": blank}
-    occlude(torch.zeros(*runs[0].model.video, 3), **rule)  # raises if clips are too narrow for it
-    covered = [(Occluded(source, rule), indices) for source, indices in sources]
-    features, targets, names, labels, sizes = extract(models, sources, *options, measure=patch_similarity)
+    models = networks(runs, args.before_norm)
+    options = {"batch": args.batch, "workers": args.workers, "device": args.device}
+    occluded = occluded_sources(sources, runs[0].model, args.data)
+    x, targets, names, labels, sizes = extract(models, sources, **options, measure=patch_similarity)
     folds = split(targets, labels, sizes, sources[0][0])
-    occluded, _, again, *_ = extract(models, covered, *options)
-    if again != names:
+    occluded_x, _, occluded_names, *_ = extract(models, occluded, **options)
+    if occluded_names != names:
         raise ValueError("Some clips could not be read a second time; is their disk still there?")
 
-    results, by_clip, tested = {}, {}, torch.cat([test for _, test in folds])
+    values, by_clip, tested = {}, {}, torch.cat([test for _, test in folds])
     for title, model in tqdm(models.items(), "measurements", leave=False):
-        names = list(model.blocks)
-        x = [features[title, name] for name in names]
-        blank_x = [occluded[title, name] for name in names]
-        mixing = np.stack([features[title, name, "measure"][tested].numpy() for name in names])
-        results[title], by_clip[title] = decodability(x, blank_x, targets, folds, labels)
-        by_clip[title]["patch similarity"] = mixing
-        results[title]["patch similarity"] = mixing.mean(axis=1).tolist()
-        results[title].update(geometry([z[tested] for z in x]))
+        blocks = [(title, name) for name in model.blocks]
+        similarity = np.stack([x[(*block, "measure")][tested].numpy() for block in blocks])
+        values[title], by_clip[title] = decodability(
+            [x[block] for block in blocks], [occluded_x[block] for block in blocks], targets, folds, labels
+        )
+        by_clip[title]["patch similarity"] = similarity
+        values[title]["patch similarity"] = similarity.mean(axis=1).tolist()
+        values[title] |= geometry([x[block][tested] for block in blocks])
     source, indices = sources[-1]
-    # Differs from paper: its loss is of all test clips, ours of 1,000 at most.
-    some = sorted(np.random.default_rng(0).permutation(indices)[:1000].tolist())
-    batches = evaluation_loader(source, indices=some, batch=args.batch, workers=args.workers)
+    some = np.random.default_rng(0).permutation(indices)[: MOST_CLIPS["reconstruction loss"]]
+    loader = eval_loader(source, indices=sorted(some.tolist()), batch=args.batch, workers=args.workers)
     for run in tqdm(runs, "reconstruction", leave=False):
-        videos = (clips["video"] for clips in batches if clips["index"])
+        videos = (batch["video"] for batch in loader if batch["index"])
         losses = reconstruction_losses(run.model.to(args.device), videos)
-        by_block = [losses.get(name, math.nan) for name in run.model.blocks]
-        results[run.title]["reconstruction loss"] = by_block
-    return results, by_clip
+        values[run.title]["reconstruction loss"] = [losses.get(name, math.nan) for name in run.model.blocks]
+    clips = {"read": len(names), "tested": len(tested), "folds": len(folds)}
+    return values, by_clip, chance_accuracy(targets, folds, labels), clips
+
+
+def accuracy_columns(labels):
+    """Columns of the targets that every accuracy is a mean of: {measurement: [column]}."""
+    columns = {"accuracy": list(range(len(labels)))}
+    for level, members in (("high-level", HIGH), ("low-level", LOW)):
+        columns[f"{level} accuracy"] = [i for i, label in enumerate(labels) if label in members]
+    columns |= {f"accuracy: {label}": [i] for i, label in enumerate(labels)}
+    return {name: places for name, places in columns.items() if places}
+
+
+def chance_accuracy(targets, folds, labels):
+    """Accuracies of always naming the commonest class of the training clips: {measurement: value}."""
+    correct = [targets[test] == targets[train].mode(dim=0).values for train, test in folds]  # [(m, L)]
+    by_target = torch.stack([part.double().mean(dim=0) for part in correct]).mean(dim=0)  # (L,)
+    return {name: by_target[places].mean().item() for name, places in accuracy_columns(labels).items()}
 
 
 def decodability(x, occluded, targets, folds, labels):
@@ -211,32 +257,22 @@ def decodability(x, occluded, targets, folds, labels):
     x, occluded: features [(n, D)] of every block, of the same clips. labels: names of the targets.
     """
     scores = [score(z, targets, folds) for z in x]
-    covered = [probe_accuracy(z, targets, folds) for z in occluded]
     by_target = np.array([s["accuracy"] for s in scores])  # (K, L)
     correct = np.stack([s["correct"] for s in scores])  # (K, L, test clips)
-    results, by_clip = {}, {}
-    for name, of in (("accuracy", labels), ("high-level accuracy", HIGH), ("low-level accuracy", LOW)):
-        columns = [i for i, label in enumerate(labels) if label in of]
-        if columns:
-            results[name] = by_target[:, columns].mean(axis=1).tolist()
-            by_clip[name] = correct[:, columns].mean(axis=1)
-    for i, label in enumerate(labels):
-        results[f"accuracy: {label}"] = by_target[:, i].tolist()
-    results["mAP"] = [float(np.mean(s["mAP"])) for s in scores]
-    occluded_accuracy = [np.mean(s["accuracy"]) for s in covered]
-    results["OccDrop"] = [occlusion_drop(a, o) for a, o in zip(results["accuracy"], occluded_accuracy)]
-    # What one clip changes in OccDrop = 1 - o / a, to first order; constants do not matter for its spread.
-    a, o = (np.reshape(values, (-1, 1)) for values in (results["accuracy"], occluded_accuracy))
-    rest = np.stack([s["correct"].mean(axis=0) for s in covered])  # (K, test clips)
-    by_clip["OccDrop"] = by_clip["accuracy"] * o / a**2 - rest / a
-    return results, by_clip
+    values, by_clip = {}, {}
+    for name, places in accuracy_columns(labels).items():
+        values[name] = by_target[:, places].mean(axis=1).tolist()
+        if ":" not in name:
+            by_clip[name] = correct[:, places].mean(axis=1)
+    values["mAP"] = [float(np.mean(s["mAP"])) for s in scores]
+    values["OccDrop"], by_clip["OccDrop"] = occlusion_drops(scores, occluded, targets, folds)
+    return values, by_clip
 
 
 def geometry(x):
     """CKA, spectrum and uniformity of the test clips' features [(n, D)] of the blocks: {measurement: [K]}."""
     order = torch.randperm(len(x[0]), generator=torch.Generator().manual_seed(0))
-    # Differs from paper: what is quadratic in the clips is of a random 1,000 or 5,000 of them at most.
-    some, more = order[:1000], order[:5000]
+    some, more = (order[: MOST_CLIPS[name]] for name in ("RBF CKA", "uniformity"))
     spectra = [spectrum(z) for z in x]
     return {
         "linear CKA": [[linear_cka(a, b) for b in x] for a in x],
@@ -246,298 +282,77 @@ def geometry(x):
     }
 
 
-# ---- the paper's claims ----
+# ---- results: analysis.json, analysis.npz and tables ----
 
-# Differs from paper: it names no thresholds but C4's CKA of .98. Ours, as shares of what training gains over
-# the untrained network after the last block: what counts as close (the paper's own gaps are 1 to 15 %, if an
-# untrained one has 13 %), and as no gain from the last block. And the linear CKA of blocks that hold nearly
-# the same (the paper's late ones: .983, .988). Simulated with the paper's numbers, and guesses where it has
-# none, three seeds and 1,100 clips confirm each claim in 70 % of cases if runs differ by .005 in accuracy
-# over seeds, C3 in about half of them if it is .01. Paper does not say: in which direction OccDrop is to
-# move. Ours: up, with mixing.
-CLOSE, NO_GAIN, CKA_SATURATED = 0.3, 0.1, 0.97
+# Settings that two compared runs need not share: the regime and K are compared, the others change no weight.
+# frames and pixels are in the model's config; the clips' fingerprint stands for data and list.
+NOT_SHARED = {"regime", "blocks", "seed", "frames", "pixels", "data", "list", "eval_list", "out", "resume"}
+NOT_SHARED |= {"device", "workers", "compile", "graph", "decoder_slices"}
 
 
-class Group(NamedTuple):
-    """The runs of one setting, which differ in their seed, and the untrained network as a group of one."""
-
-    name: str
-    regime: str
-    K: int
-    setting: dict  # what two groups must share to be compared: architecture, recipe, data
-    results: list  # of every seed {measurement: [K]}
-    by_clip: list  # of every seed {measurement: (K, test clips)}
-    untrained: "Group | None" = None
-
-    @property
-    def layers(self):
-        """Encoder layers that come before each of the K readings."""
-        return [self.setting["depth"] * k // self.K for k in range(1, self.K + 1)]
-
-    def values(self, name):
-        """(seeds, K) of a measurement."""
-        return np.array([result[name] for result in self.results])
+def shared_settings(run):
+    """What two runs must share to be compared: architecture, recipe, clips, target and loss, progress."""
+    checkpoint = run.checkpoint
+    settings = {**checkpoint["settings"], **checkpoint["config"]}
+    settings = {key: value for key, value in settings.items() if key not in NOT_SHARED}
+    settings |= {"clips": checkpoint.get("data"), "objective": checkpoint.get("objective")}
+    total = checkpoint.get("total") or checkpoint["step"] or 1
+    return settings | {"progress": checkpoint["step"] / total}
 
 
-def make_groups(runs, results, by_clip):
-    """Groups of the runs, in order, from what measure() returned."""
-    groups = []
-    for name in dict.fromkeys(run.group for run in runs):
-        seeds = sorted((run for run in runs if run.group == name), key=lambda run: run.seed)
-        run, blank = seeds[0], seeds[0].untrained
-        shape = run.model.config["blocks"], run.setting
-        fresh = Group(blank, "untrained", *shape, [results[blank]], [by_clip[blank]])
-        found = [[of[run.title] for run in seeds] for of in (results, by_clip)]
-        groups.append(Group(name, run.regime, *shape, *found, fresh))
-    return groups
+def describe(args, runs, values, chance, clips):
+    """The content of analysis.json, from what measure() returned."""
+    described, untrained = {}, {}
+    for run in runs:
+        shape = {"K": run.model.config["blocks"], "depth": run.model.config["depth"]}
+        untrained[run.untrained] = shape | {"values": values[run.untrained]}
+        about = {"group": run.group, "regime": run.regime, "seed": run.seed, "untrained": run.untrained}
+        about |= shape | {"shared": shared_settings(run)}
+        described[run.title] = about | {"values": values[run.title]}
+    settings = {"settings": vars(args), "clips": clips, "chance": chance}
+    return settings | {"untrained": untrained, "runs": described}
 
 
-class Estimate(NamedTuple):
-    """A number, its standard error (nan if one seed does not tell it), and the error's degrees of freedom."""
-
-    value: float
-    error: float
-    freedom: float
-
-    def margin(self, outside=0.05):
-        """Half of the interval that misses the truth with probability `outside` (Student's t)."""
-        return student_t(1 - outside / 2, self.freedom) * self.error
-
-    def over(self, gain):
-        """As a share of what training gains, taken as exact; nan where it is not certain to gain anything."""
-        learned = gain.value > 0 and not gain.value <= gain.margin()
-        return Estimate(*(n / gain.value if learned else math.nan for n in self[:2]), self.freedom)
+def to_json(values):
+    """The text of a JSON file; nan, which JSON does not know, becomes null."""
+    return json.dumps(json.loads(json.dumps(values), parse_constant=lambda _: None), indent=1) + "\n"
 
 
-def student_t(probability, freedom):
-    """The quantile of Student's t: the number below which it lies with this probability; of nan, nan."""
-    # Of the angle in t = sqrt(freedom) * tan(angle), the density is cos(angle)^(freedom - 1).
-    freedom, steps = min(freedom, 1e3), 2000  # above 1000 it is normal
-    angle = np.arange(steps + 1) / steps * math.pi - math.pi / 2
-    below = np.cumsum(np.cos((angle[1:] + angle[:-1]) / 2) ** (freedom - 1))
-    return math.sqrt(freedom) * math.tan(np.interp(probability * below[-1], below, angle[1:]))
+def write_results(folder, analysis, by_clip):
+    """Write analysis.npz and analysis.json. Each is written beside the old file and then takes its place."""
+    arrays = {f"{title}/{name}": a for title, of_run in by_clip.items() for name, a in of_run.items()}
+    with open(folder / "analysis.npz.tmp", "wb") as file:
+        np.savez_compressed(file, **arrays)
+    (folder / "analysis.json.tmp").write_text(to_json(analysis))
+    for name in ("analysis.npz", "analysis.json"):
+        os.replace(folder / f"{name}.tmp", folder / name)
 
 
-def sum_of_means(by_seed, by_clip=()):
-    """Estimate of a sum of independent means over seeds (Welch, Satterthwaite).
+def print_tables(analysis):
+    """A table of every measurement; its columns are the encoder layers before the reading, as K may differ.
 
-    by_seed: [(seeds,)], what is added up. by_clip: [(seeds, test clips)], the same by clip, whose mean is
-    uncertain, too. What the clips do to a single run counts in both, so that the error is rather too large.
+    Rows: chance, where it is known; every untrained network; every group of runs, mean ± sd over its seeds.
     """
-    value = float(sum(map(np.mean, by_seed)))
-    if min(map(len, by_seed)) < 2:
-        return Estimate(value, math.nan, math.nan)
-    samples = [*by_seed, *([sum(clips.mean(axis=0) for clips in by_clip)] if by_clip else [])]
-    variances = [np.var(sample, ddof=1) / len(sample) + 1e-30 for sample in samples]
-    freedom = sum(variances) ** 2 / sum(v**2 / (len(sample) - 1) for v, sample in zip(variances, samples))
-    return Estimate(value, math.sqrt(sum(variances)), freedom)
-
-
-def difference(a, b, name, block_a=-1, block_b=-1):
-    """Estimate of a - b in one measurement after one block of each, on the same test clips."""
-    x, y = a.values(name)[:, block_a], b.values(name)[:, block_b]  # (seeds,)
-    p = np.stack([clips[name][block_a] for clips in a.by_clip])  # (seeds, test clips)
-    q = np.stack([clips[name][block_b] for clips in b.by_clip])
-    return sum_of_means([x - y.mean()] if b.regime == "untrained" else [x, -y], [p, -q])
-
-
-def decide(parts):
-    """The verdict on a claim from its parts (Estimate, low, high, words): all true values lie in low..high.
-
-    Confirmed if every 95 % interval lies inside. Refuted if one lies outside as a whole, of intervals so wide
-    that all hold at the same time with 95 % (Bonferroni). So either is wrong in at most 5 % of cases,
-    what training gains taken as known. Parts of one seed decide nothing, and no parts are nothing to compare.
-    """
-    several = [part for part in parts if not math.isnan(part[0].freedom) or math.isnan(part[0].value)]
-    if not parts:
-        return "nothing to compare"
-    if not several:
-        return "one seed: cannot tell"
-    inside, outside = [], []
-    for found, low, high, _ in several:
-        margin, wider = found.margin(), found.margin(0.05 / len(several))
-        inside.append(low <= found.value - margin and found.value + margin <= high)
-        outside.append(found.value + wider < low or found.value - wider > high)
-    if all(inside):
-        return "confirmed"
-    return "refuted" if any(outside) else "cannot tell"
-
-
-def describe(found, unit="", scale=1.0):
-    """An estimate in words, with its 95 % interval."""
-    if math.isnan(found.value):
-        return "unknown (training gained nothing for sure)"
-    decimals, margin = 3 if scale == 1 else 1, scale * found.margin()
-    words = f"{scale * found.value:+.{decimals}f}{unit}"
-    return words if math.isnan(margin) else f"{words} ± {margin:.{decimals}f}{unit}"
-
-
-def loss_of(a, b, name, low=-math.inf):
-    """(Estimate, low, high, words): what b has less than a after the last block; close if below CLOSE."""
-    gap, gain = difference(a, b, name), difference(a, a.untrained, name)
-    share = gap.over(gain)
-    numbers = ", ".join(f"{g.name} {g.values(name)[:, -1].mean():.3f}" for g in (a, b))
-    words = f"{name}: {numbers}, {describe(gap, scale=100)} points less; of what training gains "
-    words += f"({100 * gain.value:.1f} points) that is {describe(share, ' %', 100)}"
-    return share, low, CLOSE, words
-
-
-def lead_of(a, b, name):
-    """(Estimate, low, high, words): what b has more than a after block 1 of b; more than 0 is wanted."""
-    lead = difference(b, a, name, 0, a.K // b.K - 1)
-    words = describe(lead, " points", 100) if "accuracy" in name else describe(lead)
-    return lead, 0.0, math.inf, f"{name}, block 1: {b.name} has {words} more than {a.name}"
-
-
-def saturation(groups):
-    """[(Estimate, low, high, words)]: what the last block gains, and its linear CKA with the block before.
-
-    Each is one number, the mean over the groups (of several seeds, if there are any), and compares two blocks
-    of the same run. Runs of one seed share weights, clips and masks, so they are no independent samples: what
-    is sampled are the seeds, as many as every group has.
-    """
-    if not groups:
-        return []
-    groups = [g for g in groups if len(g.results) > 1] or groups
-    by_run, by_clip, similar, words = [], [], [], []
-    for g in groups:
-        gain = difference(g, g.untrained, "accuracy")
-        unit = Estimate(1.0, 0.0, 1.0).over(gain).value / len(groups)  # nan if training gains nothing
-        steps, cka = np.diff(g.values("accuracy")[:, -2:])[:, 0], g.values("linear CKA")[:, -2, -1]
-        by_run.append(unit * steps)
-        by_clip.append(unit * np.stack([np.diff(clips["accuracy"][-2:], axis=0)[0] for clips in g.by_clip]))
-        similar.append(cka / len(groups))
-        words.append(f"{g.name} {100 * steps.mean():+.2f} points, CKA {cka.mean():.3f}")
-    seeds = min(map(len, by_run))
-    share = sum_of_means([sum(values[:seeds] for values in by_run)], by_clip)
-    cka = sum_of_means([sum(values[:seeds] for values in similar)])
-    gains = f"the last block gains, of what training gains, {describe(share, ' %', 100)}: {'; '.join(words)}"
-    alike = f"its linear CKA with the block before is {describe(cka)}"
-    return [(share, -NO_GAIN, NO_GAIN, gains), (cka, CKA_SATURATED, math.inf, alike)]
-
-
-def claims(groups):
-    """What some groups of runs say to the paper's claims: {claim: (verdict, [numbers that decide])}."""
-    blockwise = [g for g in groups if g.regime in ("simultaneous", "sequential")]
-    pairs = [(a, b) for a in groups for b in blockwise if a.setting == b.setting]
-    ends = [(a, b) for a, b in pairs if a.regime == "e2e"]
-    starts = [(a, b) for a, b in ends if b.K > 1 and a.K % b.K == 0]  # a has been read after b's block 1, too
-    orders = [(a, b) for a, b in pairs if (a.regime, b.regime, a.K) == ("simultaneous", "sequential", b.K)]
-    # Block 1 of sequential training is that of simultaneous training: the same weights would count twice.
-    twins = [b.name for a, b in orders if len(a.results) == len(b.results)]
-    starts = [(a, b) for a, b in starts if b.name not in twins]
-    finer = [(a, b) for a, b in pairs if a.regime == b.regime and a.K < b.K]
-    # A finer group is compared with the coarsest.
-    finer = [(a, b) for a, b in finer if a.K == min(c.K for c, other in finer if other is b)]
-    high, low = ({f"{level}-level accuracy"} & groups[0].results[0].keys() for level in ("high", "low"))
-    mixing = ("patch similarity", "OccDrop")
-    parts = {
-        "C1 blockwise training ends close to end-to-end": [loss_of(a, b, "accuracy") for a, b in ends],
-        "C2 sequential is like simultaneous": [loss_of(a, b, "accuracy", low=-CLOSE) for a, b in orders],
-        "C3 high-level targets are decodable earlier": [lead_of(a, b, n) for n in high for a, b in starts],
-        "C4 late blocks saturate": saturation([g for g in blockwise if g.K > 1]),
-        "C5 low-level targets lose little": [loss_of(a, b, n) for n in low for a, b in ends],
-        "C6 tokens mix earlier": [lead_of(a, b, n) for n in mixing for a, b in starts],
-        "C7 finer blocks cost little": [loss_of(a, b, "accuracy") for a, b in finer],
-    }
-    return {claim: (decide(found), [words for *_, words in found]) for claim, found in parts.items()}
-
-
-# ---- figures ----
-
-
-def pyplot():
-    """matplotlib.pyplot, which only figures need; called before the measurements, not to lose them."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib; install it with: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
-
-
-def save_figure(path, panels):
-    """Write a PNG file of several panels, each a function that draws on an axis, under one legend."""
-    columns = len(panels) if len(panels) in (1, 2, 4) else 3
-    rows = -(-len(panels) // columns)
-    figure = pyplot().figure(figsize=(4.2 * columns, 3.4 * rows + 0.6), layout="constrained")
-    for place, draw in enumerate(panels, start=1):
-        draw(figure.add_subplot(rows, columns, place))
-    lines, titles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(lines, titles, loc="outside lower center", ncols=2 * columns - 1, frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot().close(figure)
-
-
-def draw_band(axis, x, values, label, colour=None):
-    """A line of means over the rows of values (rows, len(x)), with a band of ±1 standard deviation."""
-    mean, sd = np.mean(values, axis=0), np.std(values, axis=0, ddof=len(values) > 1)
-    axis.plot(x, mean, marker="o", markersize=4, label=label, color=colour)
-    axis.fill_between(x, mean - sd, mean + sd, alpha=0.2, color=colour)
-    axis.grid(alpha=0.3)
-
-
-COLOURS = {"e2e": (0, 0, 0), "simultaneous": (0, 0.15, 0.7), "sequential": (0.9, 0.4, 0)}
-
-
-def colour_of(g, groups):
-    """The colour of its regime, lighter for every finer K; groups in the order of K."""
-    base = np.array(COLOURS.get(g.regime, (0, 0.55, 0.2)))
-    alike = [other.name for other in groups if other.regime == g.regime]
-    return base + (1 - base) * 0.7 * alike.index(g.name) / max(1, len(alike) - 1)
-
-
-def draw_lines(axis, groups, name):
-    """One measurement against the encoder layers that come before it, so that every K lies on one axis."""
-    for g in groups:
-        draw_band(axis, g.layers, g.values(name), g.name, colour_of(g, groups))
-    axis.set(title=name.replace("accuracy", "linear probe").replace("_", " "), xlabel="encoder layers")
-    axis.set_xticks(range(1, max(g.layers[-1] for g in groups) + 1))
-
-
-def draw_gains(axis, groups, name):
-    """What every transition gains in mAP (the paper's Figure 4c), or in accuracy, against its blocks' CKA."""
-    for g in groups:
-        cka = g.values("linear CKA").mean(axis=0).diagonal(1)
-        gain = np.diff(g.values(name).mean(axis=0))
-        axis.plot(cka, gain, "o", label=g.name, color=colour_of(g, groups))
-        for k in {1, g.K - 1} if g.K > 1 else ():  # the others lie too close to be legible
-            place = cka[k - 1], gain[k - 1]
-            axis.annotate(f"{k}→{k + 1}", place, textcoords="offset points", xytext=(5, 4), fontsize=8)
-    axis.axhline(0, color="gray", linewidth=0.8)
-    axis.margins(0.15)
-    axis.set(title="gain by transition", xlabel="linear CKA", ylabel=f"gain in {name}")
-    axis.grid(alpha=0.3)
-
-
-def draw_heat(axis, g):
-    """Linear CKA of all pairs of blocks of one group."""
-    cka, ticks = g.values("linear CKA").mean(axis=0), range(1, g.K + 1)
-    axis.imshow(cka, vmin=0, vmax=1, cmap="viridis", origin="lower", extent=(0.5, g.K + 0.5) * 2)
-    for i, j in itertools.product(range(g.K), repeat=2) if g.K <= 6 else ():
-        colour = "white" if cka[i, j] < 0.6 else "black"
-        axis.text(j + 1, i + 1, f"{cka[i, j]:.2f}", ha="center", va="center", color=colour)
-    axis.set(title=f"linear CKA, {g.name}", xlabel="block", ylabel="block", xticks=ticks, yticks=ticks)
-
-
-def plot(groups, folder):
-    """Draw the paper's Figures 2-5 as PNG files: lines are means, bands ±1 sd over seeds."""
-    groups = sorted(groups, key=lambda g: (g.regime, g.K, g.name))
-    probes = [name for name in groups[0].results[0] if "accuracy" in name]
-    tokens = ["patch similarity", "OccDrop", "effective_rank", "participation_ratio"]
-    lines = {
-        "figure2_probe": probes,
-        "figure3_loss": ["reconstruction loss", "mAP"],
-        "figure5_tokens": [*tokens, "dimensions90", "uniformity"],
-    }
-    for figure, names in lines.items():
-        panels = [functools.partial(draw_lines, groups=groups, name=name) for name in names]
-        save_figure(folder / f"{figure}.png", panels)
-    panels = [functools.partial(draw_gains, groups=groups, name=name) for name in ("mAP", "accuracy")]
-    panels += [functools.partial(draw_heat, g=g) for g in groups]
-    save_figure(folder / "figure4_cka.png", panels)
+    runs, untrained = analysis["runs"].values(), analysis["untrained"]
+    short = len({run["K"] for run in untrained.values()}) == len(untrained)  # K tells them apart
+    groups = {(f"untrained, K = {u['K']}" if short else title): [u] for title, u in untrained.items()}
+    for run in runs:
+        groups.setdefault(run["group"], []).append(run)
+    layers = sorted({k * run["depth"] // run["K"] for run in runs for k in range(1, run["K"] + 1)})
+    for name in next(iter(runs))["values"]:
+        chance = analysis["chance"].get(name)
+        rows = {} if chance is None else {"chance": [[chance]] * len(layers)}
+        for title, members in groups.items():
+            if name not in members[0]["values"]:
+                continue
+            values = [run["values"][name] for run in members]  # [seeds][K], of CKA [seeds][K][K]
+            if "CKA" in name:
+                values = [[math.nan, *np.diagonal(cka, 1)] for cka in values]
+            K, depth = members[0]["K"], members[0]["depth"]
+            by_layer = {depth * k // K: of_block for k, of_block in enumerate(zip(*values), start=1)}
+            rows[title] = [by_layer.get(layer, [math.nan]) for layer in layers]
+        title = f"{name} with the block before" if "CKA" in name else name
+        print_table(title, [f"layer {layer}" for layer in layers], rows)
 
 
 # ---- command line ----
@@ -545,63 +360,28 @@ def plot(groups, folder):
 
 def flags():
     """The command line of this script."""
-    found = parser(__doc__)
-    found.add_argument(
-        "--out", default="runs/analysis", help="folder of analysis.json and figures [runs/analysis]"
-    )
-    found.add_argument("--plot", action="store_true", help="draw the figures")
-    return found
+    flags = parser(__doc__)
+    flags.add_argument("--out", default="runs/analysis", help="folder of the results [runs/analysis]")
+    return flags
 
 
-@program()
+@user_errors()
 def main(arguments=None):
-    """Print the tables and the verdicts, write analysis.json, draw the figures."""
+    """Write analysis.json and analysis.npz, then print the tables."""
     args = flags().parse_args(arguments)
-    if args.plot:
-        pyplot()
     args.device = pick_device(args.device)
-    folder, runs = Path(args.out), read_runs(args.runs, args.blocks)
+    folder, runs = Path(args.out), load_runs(args.runs)
     sources = open_data(args, runs[0])
-    check_output(folder, folder=True)
-    results, by_clip = measure(args, runs, sources)
-    groups = make_groups(runs, results, by_clip)
-    print_measurements(groups)
-    verdicts = claims(groups)
-    print("\nThe paper's claims; ± is a 95 % interval over seeds and test clips:")
-    first = groups[0]
-    for g in groups[1:]:
-        names = sorted(g.setting.keys() | first.setting.keys())
-        if odd := [name for name in names if g.setting.get(name) != first.setting.get(name)]:
-            print(f"{g.name} is not compared with {first.name}, which has other {', '.join(odd)}")
-    for claim, (answer, numbers) in verdicts.items():
-        print(f"{claim}: {answer}")
-        for words in numbers:
-            print(f"    {words}")
-    found = {"settings": vars(args), "runs": results, "claims": verdicts}
-    (folder / "analysis.json").write_text(to_json(found))
-    print(f"\n{folder}/analysis.json")
-    if args.plot:
-        plot(groups, folder)
-        print(f"{folder}/figure2_probe.png to figure5_tokens.png")
-
-
-def to_json(found):
-    """The text of a JSON file; nan, which JSON does not know, becomes null."""
-    return json.dumps(json.loads(json.dumps(found), parse_constant=lambda _: None), indent=1) + "\n"
-
-
-def print_measurements(groups):
-    """A table of every measurement; its columns are the encoder layers that come before, as K may differ."""
-    layers = sorted({layer for g in groups for layer in g.layers})
-    for name in groups[0].results[0]:
-        rows, title = {}, f"{name} with the block before" if "CKA" in name else name
-        for g in groups:
-            values = list(g.values(name).T)  # of every block (seeds,), of CKA (K, seeds)
-            if "CKA" in name:
-                values = [[math.nan], *(values[k][k - 1] for k in range(1, g.K))]
-            of_layer = dict(zip(g.layers, values))
-            rows[g.name] = [of_layer.get(layer, [math.nan]) for layer in layers]
-        print_table(title, [f"layer {layer}" for layer in layers], rows)
+    check_writable(folder, folder=True)
+    values, by_clip, chance, clips = measure(args, runs, sources)
+    analysis = describe(args, runs, values, chance, clips)
+    write_results(folder, analysis, by_clip)
+    print(f"{args.data or 'moving scenes'}: {clips['read']} clips, {clips['tested']} of them tested on")
+    for name, most in MOST_CLIPS.items():
+        if most < clips["tested"]:
+            print(f"{name}: of {most} test clips, drawn at random")
+    print_tables(analysis)
+    print(f"\n{folder}/analysis.json, {folder}/analysis.npz")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,267 @@
+"""The paper's Figures 2 to 5 of your own runs, and of pruned ones, from what analyze.py and gardener.py wrote.
+
+Römer & Dickscheid, arXiv 2601.09040, Sec. 4.
+
+    python analyze.py RUN RUN RUN RUN --out runs/analysis     # measures: minutes
+    python -m extras.figures runs/analysis                    # draws: seconds; needs matplotlib
+
+Reads analysis.json (and prune.json, if there is one) of every folder, and writes PNG and PDF files beside it:
+figure2_probe, figure3_loss, figure4_cka, figure5_tokens, figure_prune. Lines are means over seeds, bands ±1
+standard deviation. A colour is a regime, lighter for larger K.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data import user_errors
+
+COLOURS = {
+    "e2e": "#000000",
+    "simultaneous": "#0072b2",
+    "sequential": "#d55e00",
+    "deep-supervision": "#009e73",
+    "layerlock": "#aa4499",
+}
+OTHER_COLOURS = ("#8c564b", "#b8a000", "#17a0b4", "#e377c2", "#5c5c9e", "#6b8e23")  # of a user's own regimes
+MARKERS = "osD^vP*X"  # one for each K
+GRAY = "0.45"
+LABELS = {  # {measurement: (title of a panel, label of its y axis)}
+    "reconstruction loss": ("reconstruction loss", "mean squared error"),
+    "mAP": ("retrieval", "mean average precision"),
+    "patch similarity": ("patch similarity", "mean cosine of a clip's tokens"),
+    "OccDrop": ("OccDrop", "share of the accuracy lost"),
+    "effective_rank": ("effective rank", "dimensions"),
+    "participation_ratio": ("participation ratio", "dimensions"),
+    "dimensions90": ("90 % of the variance", "dimensions"),
+    "uniformity": ("uniformity", "log mean exp(-2 distance²)"),
+}
+RANKINGS = {  # of gardener.py, in words
+    "entropy": "lowest entropy first",
+    "random": "random order",
+    "last": "last layer first",
+    "magnitude": "smallest weights first",
+    "oracle": "least loss of accuracy first",
+}
+
+
+def pyplot():
+    """matplotlib.pyplot, drawing to files."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("Figures need matplotlib; install it with: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+# ---- groups of runs ----
+
+
+class Group(NamedTuple):
+    """The runs that differ in their seed only."""
+
+    name: str  # of their folders
+    regime: str
+    K: int
+    depth: int
+    runs: list  # of every seed {measurement: [K]}
+    label: str = ""  # regime and K, in words
+    colour: tuple = ()
+    marker: str = "o"
+
+    @property
+    def layers(self):
+        """Encoder layers before each of the K readings."""
+        return [self.depth * k // self.K for k in range(1, self.K + 1)]
+
+    def values(self, name):
+        """(seeds, K) of a measurement."""
+        return np.array([run[name] for run in self.runs], float)
+
+
+def read_groups(analysis):
+    """The groups in analysis.json, in the order of regime and K, with their looks."""
+    groups = {}
+    for run in analysis["runs"].values():
+        group = Group(run["group"], run["regime"] or "other", run["K"], run["depth"], [])
+        groups.setdefault(run["group"], group).runs.append(run["values"])
+    groups = sorted(groups.values(), key=lambda g: (g.regime, g.K, g.name))
+    colours, Ks = regime_colours([g.regime for g in groups]), sorted({g.K for g in groups})
+    looks = []
+    for g in groups:
+        alike = [other for other in groups if other.regime == g.regime]
+        twins = [other for other in alike if other.K == g.K]
+        label = f"{g.regime}, K = {g.K}" + (f" ({g.name})" if len(twins) > 1 else "")
+        lightness = 0.6 * alike.index(g) / max(1, len(alike) - 1)
+        colour = tuple(c + (1 - c) * lightness for c in colours[g.regime])
+        looks.append(g._replace(label=label, colour=colour, marker=MARKERS[Ks.index(g.K) % len(MARKERS)]))
+    return looks
+
+
+def regime_colours(regimes):
+    """A colour for every regime: {regime: (red, green, blue)}, 0 to 1. No two regimes share one."""
+    others = sorted({*regimes} - {*COLOURS})
+    codes = COLOURS | dict(zip(others, itertools.cycle(OTHER_COLOURS)))
+    return {regime: tuple(int(codes[regime][i : i + 2], 16) / 255 for i in (1, 3, 5)) for regime in regimes}
+
+
+# ---- panels ----
+
+
+def draw_band(axis, x, values, label, **looks):
+    """A line of means over the rows of values (rows, len(x)), with a band of ±1 standard deviation."""
+    mean = np.mean(values, axis=0)
+    [line] = axis.plot(x, mean, markersize=4, label=label, **looks)
+    if len(values) > 1:
+        sd = np.std(values, axis=0, ddof=1)
+        axis.fill_between(x, mean - sd, mean + sd, alpha=0.2, linewidth=0, color=line.get_color())
+    axis.grid(alpha=0.3)
+
+
+def draw_lines(axis, groups, analysis, name, title):
+    """One measurement against the encoder layers before the reading, so that all K share an axis.
+
+    Accuracies and mAP with the untrained network, dashed, and chance, dotted, where it is known.
+    """
+    for g in groups:
+        draw_band(axis, g.layers, g.values(name), g.label, color=g.colour, marker=g.marker)
+    if "accuracy" in name or name == "mAP":
+        most = max(blank["K"] for blank in analysis["untrained"].values())
+        finest = [blank for blank in analysis["untrained"].values() if blank["K"] == most]
+        for blank in finest:  # the same weights are read at fewer layers if K is smaller
+            layers = [blank["depth"] * k // most for k in range(1, most + 1)]
+            dots = {"marker": "."} if most == 1 else {}
+            axis.plot(layers, blank["values"][name], "--", color=GRAY, label="untrained", **dots)
+    if name in analysis["chance"]:
+        axis.axhline(analysis["chance"][name], linestyle=":", color=GRAY, label="chance")
+    axis.set(title=title, xlabel="encoder layer", ylabel=LABELS.get(name, ("", "accuracy"))[1])
+    axis.set_xticks(range(1, max(g.depth for g in groups) + 1))
+
+
+def draw_gains(axis, groups, name):
+    """Gain of every transition (the paper's Figure 4c, in mAP, or in accuracy) against the CKA of its blocks."""
+    for g in groups:
+        cka = np.diagonal(np.mean([run["linear CKA"] for run in g.runs], axis=0), 1)
+        gain = np.diff(g.values(name).mean(axis=0))
+        looks = {"color": g.colour, "marker": g.marker}
+        axis.plot(cka, gain, linewidth=0.7, label=g.label, **looks)
+        axis.plot(cka[:1], gain[:1], linestyle="", fillstyle="none", markersize=11, **looks)
+    axis.axhline(0, color="gray", linewidth=0.8)
+    axis.margins(0.1)
+    words = {"xlabel": "linear CKA of the two blocks", "ylabel": f"gain in {name}"}
+    axis.set(title="gain by transition (ring: block 1 to 2)", **words)
+    axis.grid(alpha=0.3)
+
+
+def draw_heat(axis, g):
+    """Linear CKA of all pairs of blocks of one group."""
+    cka, ticks = np.mean([run["linear CKA"] for run in g.runs], axis=0), range(1, g.K + 1)
+    axis.imshow(cka, vmin=0, vmax=1, cmap="viridis", origin="lower", extent=(0.5, g.K + 0.5) * 2)
+    for i, j in itertools.product(range(g.K), repeat=2):
+        colour = "white" if cka[i, j] < 0.6 else "black"
+        words = f"{cka[i, j]:.2f}" if g.K <= 6 else f"{100 * cka[i, j]:.0f}"
+        axis.text(j + 1, i + 1, words, ha="center", va="center", color=colour, fontsize=9 if g.K <= 6 else 6)
+    unit = "" if g.K <= 6 else ", %"
+    axis.set(title=f"linear CKA{unit}: {g.label}", xlabel="block", ylabel="block", xticks=ticks, yticks=ticks)
+
+
+def draw_pruning(axis, title, result):
+    """Accuracy against the number of removed layers, a line for each ranking; random: ±1 sd of its draws."""
+    for i, (name, draws) in enumerate(result["accuracy"].items()):
+        draw_band(axis, result["removed"], draws, RANKINGS.get(name, name), color=f"C{i}", marker=MARKERS[i])
+    words = {"xlabel": "removed layers", "ylabel": "accuracy of the linear probe, last block"}
+    axis.set(title=title, xticks=result["removed"], **words)
+
+
+# ---- files ----
+
+
+def save_figure(path, panels):
+    """Write a PNG and a PDF of several panels, each a function that draws on an axis, under one legend."""
+    columns = len(panels) if len(panels) in (1, 2, 4) else 3
+    rows = -(-len(panels) // columns)
+    figure = pyplot().figure(figsize=(4.2 * columns, 3.5 * rows + 0.8), layout="constrained")
+    for place, draw in enumerate(panels, start=1):
+        draw(figure.add_subplot(rows, columns, place))
+    legend = {}
+    for axis in figure.axes:
+        legend |= dict(zip(*axis.get_legend_handles_labels()[::-1]))
+    figure.legend(
+        legend.values(), legend.keys(), loc="outside lower center", ncols=2 * columns, frameon=False
+    )
+    for suffix in (".png", ".pdf"):
+        figure.savefig(path.with_suffix(suffix), dpi=150)
+    pyplot().close(figure)
+
+
+def probe_panels(groups):
+    """{accuracy: title of its panel}; accuracies that are equal everywhere share a panel."""
+    panels = {}
+    for name in groups[0].runs[0]:
+        if "accuracy" in name:
+            key = json.dumps([run[name] for g in groups for run in g.runs])
+            panels.setdefault(key, []).append(name)
+    short = {"accuracy": "all targets"}
+    titles = {}
+    for names in panels.values():
+        if names[0] == "accuracy" and len(names) > 1:  # one target only
+            names = names[-1:]
+        words = [short.get(n, n.removeprefix("accuracy: ").removesuffix(" accuracy")) for n in names]
+        titles[names[0]] = "linear probe: " + " = ".join(words)
+    return titles
+
+
+def draw_analysis(folder, analysis):
+    """Figures 2 to 5 of one folder."""
+    groups = read_groups(analysis)
+    lines = {
+        "figure2_probe": probe_panels(groups),
+        "figure3_loss": ("reconstruction loss", "mAP"),
+        "figure5_tokens": [name for name in LABELS if name not in ("reconstruction loss", "mAP")],
+    }
+    for file, names in lines.items():
+        titles = names if isinstance(names, dict) else {name: LABELS[name][0] for name in names}
+        draw = functools.partial(draw_lines, groups=groups, analysis=analysis)
+        save_figure(folder / file, [functools.partial(draw, name=n, title=t) for n, t in titles.items()])
+    panels = [functools.partial(draw_gains, groups=groups, name=name) for name in ("mAP", "accuracy")]
+    panels += [functools.partial(draw_heat, g=g) for g in groups]
+    save_figure(folder / "figure4_cka", panels)
+
+
+def draw_prune(folder, results):
+    """A panel for every pruned run."""
+    panels = [functools.partial(draw_pruning, title=t, result=result) for t, result in results.items()]
+    save_figure(folder / "figure_prune", panels)
+
+
+@user_errors()
+def main(arguments=None):
+    """Draw the figures of every folder."""
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    flags.add_argument(
+        "folders", metavar="DIR", nargs="+", type=Path, help="folder of analysis.json, prune.json"
+    )
+    folders = flags.parse_args(arguments).folders
+    pyplot()
+    drawings = {"analysis.json": draw_analysis, "prune.json": draw_prune}
+    for folder in folders:
+        present = [name for name in drawings if (folder / name).is_file()]
+        if not present:
+            raise ValueError(f"{folder} holds no analysis.json; write it with analyze.py --out {folder}.")
+        for name in present:
+            drawings[name](folder, json.loads((folder / name).read_text()))
+        print(", ".join(str(path) for path in sorted(folder.glob("figure*.png"))), "and PDF")
+
+
+if __name__ == "__main__":
+    main()
