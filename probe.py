@@ -356,9 +356,9 @@ def open_data(args, run, probed=True):
         raise ValueError("--train-list and --test-list go together; without both, 3 folds are drawn.")
     if name is None and settings.get("data"):
         name = settings["data"]
-        print(f"{run.title} was trained on these videos (--data names others):")
         if not os.path.isdir(name):
             raise ValueError(f"The folder {name} is not there; name it with --data, or take --data scenes.")
+        print(f"{run.title} was trained on these videos (--data names others):")
         if not any(lists) and settings.get("list"):
             lists = [settings["list"], settings.get("eval_list")]
     lists = [path for path in lists if path]
