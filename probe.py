@@ -2,10 +2,10 @@
 
 Römer & Dickscheid, arXiv 2601.09040, Sec. 4. Nothing is masked; one pass over the clips gives all features.
 
-    python probe.py runs/nano-simultaneous-4                    # the clips of its training: generated, five labels
-    python probe.py RUN RUN RUN --data gratings --json out.json         # the paper's stimuli; the table in a file
+    python probe.py runs/nano-simultaneous-4                        # generated clips, their five labels
+    python probe.py RUN RUN RUN --data gratings --json scores.json  # the paper's stimuli; scores in a file, too
     python probe.py RUN --data VIDEOS --train-list train.txt --test-list test.txt --stride 2 --short repeat
-    python probe.py RUN --data VIDEOS --features out.npz                # features, labels and paths, no probe
+    python probe.py RUN --data VIDEOS --features out.npz            # features, labels and paths, no probe
 
 Two baselines stand in every table: the same architecture at random initialisation, and pixels.
 Shapes: B batch, N tokens, D width, K blocks; here n clips and L targets.
@@ -345,10 +345,10 @@ def networks(runs, before_norm=False):
 
 
 def open_data(args, run, probed=True):
-    """[(source, indices)] of the clips that the flags name, which are printed: one source, or two lists' videos.
+    """Open and print the clips that the flags name: [(source, indices)], one source, or a training and a test list.
 
-    run: its model gives the size of the clips, its settings the folder, lists, stride and rule for short videos
-    that the flags do not name. probed: refuse videos that cannot be probed. Raises ValueError with the fix.
+    run: gives the size of the clips. What the flags leave open is as in its training: the folder with its lists,
+    stride, rule for short videos. probed: refuse videos that cannot be probed.
     """
     settings, video = run.checkpoint["settings"], run.model.video
     name, lists = args.data, [args.train_list, args.test_list]
@@ -374,9 +374,9 @@ def open_data(args, run, probed=True):
         stride, short = args.stride or settings.get("stride", 4), args.short or settings.get("short", "drop")
         sources, options = [], {"video": video, "stride": stride, "short": short}
         for list_file, paired_list in zip(lists or [None], lists[::-1] or [None]):
-            print(f"folder {name}, {list_file or 'all videos'}, stride {stride}, short: {short}")
             sources.append(data.Videos(name, list_file=list_file, paired_list=paired_list, **options))
             print(sources[-1].summary())
+            print(f"  list: {list_file or 'none'}, stride {stride}, short videos: {short}")
         shared = sources[0].shared(sources[1]) if len(sources) == 2 else []
         if probed and shared:
             raise ValueError(f"{len(shared)} videos are in both lists, as {shared[0]}; test on other ones.")
@@ -392,11 +392,9 @@ def split(targets, labels, sizes, source):
     """[(train indices, test indices)]: of the two lists, or 3 folds stratified on the first target (Sec. 4).
 
     Differs from paper, which tests on a fixed 30 % of UCF101's test split: the whole list is tested on.
-    Videos without lists are split into contiguous folds, not at random: parts of one recording have similar names.
-    Trained and tested on, they would let a probe recognise recordings instead of classes. With contiguous folds
-    that happens only where a fold ends inside a recording.
-
-    Prints classes that are only tested. Raises ValueError where a probe would be meaningless.
+    Videos without lists get contiguous folds. In random ones, parts of one recording, which have similar names,
+    would be trained and tested on, and the probe would recognise recordings instead of classes.
+    Prints classes that no training clip has. Raises ValueError where a probe would be meaningless.
     """
     seed = None if isinstance(source, data.Videos) else 0
     folds = [torch.arange(len(targets)).split(sizes)]

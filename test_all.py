@@ -43,7 +43,7 @@ import data
 import probe
 import train
 from blockwise import REGIMES, Blockwise, count_parameters, load, make_optimizers, save, train_step
-from data import Scenes, Videos, read_clip
+from data import Scenes, Videos, read_clip, train_loader
 from model import (
     SIZES,
     Decoder,
@@ -1808,7 +1808,7 @@ def test_a_run_on_videos_is_probed_on_its_own_videos(folder, tmp_path, capsys, m
 
     [source], text = open_data()
     assert (len(source), source.stride, source.short) == (20, 2, "repeat")
-    assert text.startswith("mine was trained on these videos") and f"folder {folder}, all videos" in text
+    assert text.startswith("mine was trained on these videos") and f"20 of 20 videos in {folder}" in text
     [source], text = open_data("--stride", "1", "--short", "drop", list=str(train))
     assert (len(source), source.stride, source.short) == (13, 1, "drop") and str(train) in text
     sources, _ = open_data(list=str(train), eval_list=str(test))
@@ -1819,7 +1819,7 @@ def test_a_run_on_videos_is_probed_on_its_own_videos(folder, tmp_path, capsys, m
     monkeypatch.chdir(folder.parent)
     write_copies(folder.parent / "gratings", ["a/1.avi", "b/2.avi"])
     [source], text = open_data("--data", "gratings")
-    assert isinstance(source, Videos) and text.startswith("folder gratings, all videos")
+    assert isinstance(source, Videos) and text.startswith("data: 2 of 2 videos in gratings")
     [source], text = open_data("--data", "double-gratings", stride=None)
     assert isinstance(source, data.Gratings) and text.startswith("generated double-gratings")
 
