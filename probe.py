@@ -296,14 +296,10 @@ class Run(NamedTuple):
         return self.checkpoint["settings"].get("seed", 0)
 
     @property
-    def norm(self):
-        """The output LayerNorm, or None."""
-        return list(self.model.blocks.values())[-1].norm
-
-    @property
     def untrained(self):
         """Title of the same architecture at random initialisation."""
-        c, norm = self.model.config, "" if self.norm else ", no norm"
+        c = self.model.config
+        norm = "" if c["output_norm"] else ", no norm"
         shape = f"{c['depth']} layers {c['width']} wide, heads: {c['heads']}"
         return f"untrained, {shape}, {'x'.join(map(str, c['tubelet']))}, K = {c['blocks']}{norm}"
 
@@ -493,10 +489,10 @@ def print_scores(scores, labels, groups):
     for (title, block), values in scores.items():
         rows[f"{groups.get(title, title)} {block}".strip()].append(defaultdict(lambda: [np.nan], values))
     if len(labels) > 1:
-        accuracy = {
-            row: np.array([s["accuracy"] for s in seeds]) for row, seeds in rows.items()
-        }  # (seeds, L)
-        table = {row: [values.mean(axis=1), *values.T] for row, values in accuracy.items()}
+        table = {}
+        for row, seeds in rows.items():
+            accuracy = np.array([s["accuracy"] for s in seeds])  # (seeds, L)
+            table[row] = [accuracy.mean(axis=1), *accuracy.T]
         print_table("linear probe, test accuracy", ["mean", *labels], table)
         columns = [*names, "all"]
         table = {row: [[np.mean(s[name]) for s in seeds] for name in columns] for row, seeds in rows.items()}
@@ -525,7 +521,7 @@ def write_scores(path, scores, labels):
     content = defaultdict(dict)
     for (title, block), values in scores.items():
         content[title][block] = {"all": values["all"][0]}
-        for name in values.keys() - {"all", "correct"}:
+        for name in (name for name in values if name not in ("all", "correct")):
             numbers = [None if np.isnan(value) else value for value in values[name]]
             content[title][block][name] = dict(zip(labels, numbers))
     text = json.dumps(content, indent=1)
