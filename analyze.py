@@ -287,7 +287,7 @@ def geometry(x):
 # Settings that two compared runs need not share: the regime and K are compared, the others change no weight.
 # frames and pixels are in the model's config; the clips' fingerprint stands for data and list.
 NOT_SHARED = {"regime", "blocks", "seed", "frames", "pixels", "data", "list", "eval_list", "out", "resume"}
-NOT_SHARED |= {"device", "workers", "compile", "graph", "decoder_slices"}
+NOT_SHARED |= {"device", "workers", "compile", "graph", "decoder_slices", "keep"}
 
 
 def shared_settings(run):

@@ -112,7 +112,7 @@ class Estimate(NamedTuple):
     def words(self, unit="", scale=1.0):
         """The number with its 95 % interval."""
         if math.isnan(self.value):
-            return "unknown"
+            return "unknown (training gained nothing for sure)"
         decimals, margin = 3 if scale == 1 else 1, scale * self.margin()
         words = f"{scale * self.value:+.{decimals}f}"
         return f"{words}{unit}" if math.isnan(margin) else f"{words} ± {margin:.{decimals}f}{unit}"
