@@ -4,35 +4,45 @@ Römer & Dickscheid, arXiv 2601.09040, Sec. 3.2, 3.3: 16 frames at stride 4; ran
 training, centre crop for evaluation; videos that are too short are dropped.
 
     source = Scenes("train")                          # or Videos("UCF-101", list_file="trainlist01.txt")
-    for batch in loader(source, batch=32, last=1500):
+    for batch in train_loader(source, batch=32, last=1500):
         batch["video"]                                # (B, T, H, W, C) uint8
 
 Shapes: B batch, T frames, H W pixels, C channels.
 """
 
-import argparse
 import contextlib
 import ctypes
 import functools
 import hashlib
 import itertools
 import math
+import multiprocessing
 import os
 import re
+import shutil
 import signal
 import stat
 import sys
 import time
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
+from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import VideoReformatter
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+# A clip source is any class with
+#     __len__()               number of clips
+#     name(index)             what messages call a clip
+#     labels                  {target: (class, ...)}
+#     targets(index)          class number of a clip for each target, a tuple
+#     read(index, rng=None)   the clip, (T, H, W, C) uint8; random start, crop and flip if there is an rng;
+#                             raises READ_ERRORS if it cannot be read
+#     fingerprint             a text that is the same for the same clips: a run is only resumed on those
 
 # ---- generated clips: moving scenes ----
 
@@ -77,7 +87,7 @@ class Scenes:
         self.split = ("train", "test").index(split)
         self.clips, self.video, self.seed, self.labels = clips, tuple(video), seed, SCENE_LABELS
         self.combinations = list(itertools.product(*SCENE_LABELS.values()))
-        self.fingerprint = f"scenes {clips}"  # as in Videos
+        self.fingerprint = f"scenes {clips}"
 
     def __len__(self):
         return self.clips
@@ -85,10 +95,6 @@ class Scenes:
     def name(self, index):
         """What to call clip `index` in a message."""
         return f"generated clip {index}"
-
-    def check_broken(self, found, none_left=False):
-        """As in Videos; generated clips do not break."""
-        return {}
 
     def combination(self, index):
         """Colour, shape, size, motion and agreement of clip `index`."""
@@ -245,6 +251,7 @@ class Gratings:
         self.double, self.video = double, tuple(video)
         self.parameters, self.labels = (DOUBLE, DOUBLE_LABELS) if double else (SINGLE, SINGLE)
         self.combinations = list(itertools.product(*self.parameters.values()))
+        self.fingerprint = "double gratings" if double else "gratings"
 
     def __len__(self):
         return len(self.combinations)
@@ -253,86 +260,114 @@ class Gratings:
         """What to call clip `index`: its parameters."""
         return ", ".join(f"{name} {value}" for name, value in self.stimulus(index).items())
 
-    check_broken = Scenes.check_broken
-
     def stimulus(self, index):
         """Parameters of clip `index`, by name."""
         return dict(zip(self.parameters, self.combinations[index]))
 
     def targets(self, index):
         """The class number of clip `index` in each of `labels`."""
-        of = self.stimulus(index)
+        values = self.stimulus(index)
         if self.double:
-            left, right = of["sf_left"], of["sf_right"]
-            of["sf_difference"] = right - left
-            of["higher_side"] = "equal" if left == right else "left" if left > right else "right"
-            of["sf_match"] = "yes" if left == right else "no"
-            of["theta_right"] = (of["theta_left"] + of["delta"]) % 360
-            of["theta_match"] = "yes" if of["delta"] == 0 else "no"
-        return tuple(values.index(of[name]) for name, values in self.labels.items())
+            left, right = values["sf_left"], values["sf_right"]
+            values["sf_difference"] = right - left
+            values["higher_side"] = "equal" if left == right else "left" if left > right else "right"
+            values["sf_match"] = "yes" if left == right else "no"
+            values["theta_right"] = (values["theta_left"] + values["delta"]) % 360
+            values["theta_match"] = "yes" if values["delta"] == 0 else "no"
+        return tuple(classes.index(values[target]) for target, classes in self.labels.items())
 
     def read(self, index, rng=None):
         """Clip `index`, (T, H, W, C) uint8. Nothing is random: rng is unused."""
         # Paper does not say: how values -1..1 enter the model. Ours become 0..255, like any video.
-        of = self.stimulus(index) | {"video": self.video}
+        values = self.stimulus(index) | {"video": self.video}
         if self.double:
-            left = {"sf": of.pop("sf_left"), "theta": of.pop("theta_left")}
-            right = {"sf": of.pop("sf_right"), "theta": (left["theta"] + of.pop("delta")) % 360}
+            left = {"sf": values.pop("sf_left"), "theta": values.pop("theta_left")}
+            right = {"sf": values.pop("sf_right"), "theta": (left["theta"] + values.pop("delta")) % 360}
             half = self.video[2] // 2
-            frames = drifting_grating(**left, **of)
-            frames[:, :, half:] = drifting_grating(**right, **of)[:, :, half:]
+            frames = drifting_grating(**left, **values)
+            frames[:, :, half:] = drifting_grating(**right, **values)[:, :, half:]
         else:
-            frames = drifting_grating(**of)
+            frames = drifting_grating(**values)
         return np.rint((frames + 1) * 127.5).astype(np.uint8)
 
 
 # ---- videos: a folder of them ----
 
 EXTENSIONS = (
-    "3g2|3gp|apng|asf|avi|divx|dv|f4v|flv|gif|h264|hevc|m2ts|m2v|m4v|mjpeg|mkv|mov|mp4|mpe|mpeg|mpg|mpv|mts|"
-    "mxf|ogm|ogv|qt|rm|rmvb|ts|vob|webm|wmv|y4m"
+    "264|265|266|3g2|3gp|3gpp|apng|asf|avi|divx|dv|f4v|flv|gif|h263|h264|h265|h266|hevc|ivf|m1v|m2p|m2t|m2ts|m2v|"
+    "m4v|mjpeg|mjpg|mk3d|mkv|mov|mp4|mpe|mpeg|mpg|mpv|mts|mxf|nut|obu|ogg|ogm|ogv|ogx|qt|rm|rmvb|tod|tp|trp|ts|"
+    "vob|webm|wmv|wtv|y4m"
 )
 READ_ERRORS = (OSError, ValueError, av.FFmpegError)  # what a broken file raises, also from inside FFmpeg
 MAX_BROKEN = 0.05  # more broken files than this share (and more than one) end a run
 
 
 class Videos:
-    """All videos below a folder, or those that a list names; the label is the parent folder, or in the list.
+    """All videos below a folder, or those of a list, with one label each: the parent folder, or the list's.
 
     folder: searched by file extension.
-    list_file: one `path [label]` per line, relative to folder; paths may hold spaces. beside: another list, whose
-    labels are of the same kind.
+    list_file: one `path [label]` per line, relative to folder; paths may hold spaces.
+    paired_list: the test list beside a training list, or the reverse. The lists' labels are used if every line
+    of both has one, otherwise the parent folders. UCF101's trainlist files work as they are.
     video: (T, H, W) of a clip. stride: take every stride-th frame.
-    short: what happens to videos of fewer than T * stride frames: "drop" (the paper's rule) leaves them out,
-    "repeat" repeats their last frame.
-    `broken` {name: reason} are the files that cannot be read, `dropped` {name: frames} those that are short, or
-    were where they were read: damage may have ended a clip.
-    Raises ValueError if no usable video is left, or if more than MAX_BROKEN of them are broken.
+    short: the rule for videos of fewer than T * stride frames: "drop" (the paper's) leaves them out, "repeat"
+    repeats their last frame.
+    flip: mirror half of the training clips left-right. False for labels with a direction, as "left".
+    Attributes: files [(path, label)], classes, total (files before any is left out), broken {name: reason}:
+    files that cannot be read, too_short {name: frames}.
     """
 
-    def __init__(self, folder, *, list_file=None, beside=None, video=(16, 128, 128), stride=4, short="drop"):
-        self.folder, self.video, self.stride, self.short = Path(folder), tuple(video), stride, short
-        if not os.path.isdir(folder):
-            raise ValueError(f"{str(folder)!r} is not a folder; --data wants the folder your videos are in.")
-        found = read_list(list_file, folder) if list_file else [(path, None) for path in walk(folder)]
-        if not found:
-            looked = EXTENSIONS.replace("|", " ")
-            raise ValueError(f"No videos in {list_file or folder} (looked for {looked}).")
-        counts = look_at(self.folder, [path for path, _ in found])
-        found, classes = label_videos(self.folder, found, read_list(beside, folder) if beside else ())
-        self.total = len({printable(path) for path in counts})
-        self.files, self.broken, self.dropped, left_out = [], {}, {}, {}
-        for path, label in found:
-            count = counts[path]
-            if isinstance(count, int) and (short == "repeat" or count >= self.video[0] * stride):
-                self.files.append((path, label))
-            else:
-                left_out[printable(path)] = count
-        self.check_broken(left_out, none_left=not self.files)
-        kept = {label for _, label in self.files}
-        self.classes = tuple(label for label in classes if label in kept)
+    def __init__(
+        self,
+        folder,
+        *,
+        list_file=None,
+        paired_list=None,
+        video=(16, 128, 128),
+        stride=4,
+        short="drop",
+        flip=True,
+    ):
+        self.folder, self.video, self.stride, self.short, self.flip = (
+            Path(folder),
+            tuple(video),
+            stride,
+            short,
+            flip,
+        )
+        if not str(folder) or not self.folder.is_dir():
+            raise ValueError(f"{folder or 'An empty name'} is not a folder of videos.")
+        if list_file is None:
+            labels = dict.fromkeys(video_files(self.folder))
+        else:
+            labels = read_list(list_file, self.folder)
+        if not labels:
+            place = self.folder if list_file is None else list_file
+            raise ValueError(f"No videos in {place}; known extensions: {EXTENSIONS.replace('|', ' ')}.")
+        paired = read_list(paired_list, self.folder) if paired_list else {}
+        if not all([*labels.values(), *paired.values()]):
+            labels = {path: Path(path).parent.name or self.folder.resolve().name for path in labels}
+        counts = frame_counts(self.folder, list(labels))
+        least = 1 if short == "repeat" else self.video[0] * stride
+        good = {path for path, count in counts.items() if isinstance(count, int) and count >= least}
+        self.files = [(path, label) for path, label in labels.items() if path in good]
+        self.total, self.broken, self.too_short = len(labels), {}, {}
+        left_out = {path: count for path, count in counts.items() if path not in good}
+        try:
+            skipped = Skipped(self)
+            skipped.update({"skipped": left_out, "missing": not self.files})
+        except ValueError:
+            if list_file is not None:
+                check_lines(list_file, self.folder)
+            raise
+        self.broken, self.too_short = skipped.broken, skipped.too_short
+        names = {label for _, label in self.files}
+        numbers = all(map(str.isdecimal, names))
+        self.classes = tuple(
+            sorted(names, key=lambda name: (int(name) if numbers else 0, name.lower(), name))
+        )
         self.labels = {"class": self.classes}
-        # Names the videos and their order: a run can only be resumed on the same ones.
+        # Names the videos and their order.
         paths = "\n".join(path for path, _ in self.files)
         self.fingerprint = hashlib.sha256(paths.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -340,131 +375,141 @@ class Videos:
         return len(self.files)
 
     def name(self, index):
-        """Path of video `index` relative to the folder, as it can be printed."""
-        return printable(self.files[index][0])
+        """Path of video `index`, relative to the folder."""
+        return self.files[index][0]
 
     def targets(self, index):
         """Class number of video `index`, as a tuple of one."""
         return (self.classes.index(self.files[index][1]),)
 
     def read(self, index, rng=None):
-        """One clip of video `index`, (T, H, W, C) uint8. Raises READ_ERRORS if that cannot be had.
+        """One clip of video `index`, (T, H, W, C) uint8. Raises READ_ERRORS if it cannot be read.
 
-        rng: random start, crop and flip, for training (Sec. 3.2); None: all in the middle.
+        rng: random start, crop and flip, for training (Sec. 3.2); None: start and crop in the middle, no flip.
         """
         # Paper does not say: where in the video a clip starts.
         start, top, left, mirror = (0.5, 0.5, 0.5, 0.0) if rng is None else rng.random(4)
         path, rules = self.folder / self.files[index][0], {"stride": self.stride, "short": self.short}
         clip = read_clip(path, video=self.video, start=start, crop=(top, left), **rules)
-        return np.ascontiguousarray(clip[:, :, ::-1]) if mirror > 0.5 else clip
+        return np.ascontiguousarray(clip[:, :, ::-1]) if self.flip and mirror > 0.5 else clip
 
-    def check_broken(self, found, none_left=False):
-        """Note videos that turned out broken {name: reason} or short {name: frames}.
-
-        none_left: all others have been tried in vain, too. Returns the new ones {name: reason}. ValueError if
-        too many are broken, or none is left.
-        """
-        new = {}
-        for name, what in found.items():
-            if name not in self.broken and name not in self.dropped:
-                short = isinstance(what, int)
-                (self.dropped if short else self.broken)[name] = what
-                new[name] = f"ends, or is damaged, after {what} frames" if short else what
-        if none_left and self.dropped:
-            fits = max(self.dropped.values()) // self.video[0]
-            fix = f"--stride {fits} would fit the longest, " if fits else ""
-            raise ValueError(
-                f"All {len(self.dropped)} videos that can be read have fewer than {self.video[0]} frames "
-                f"x stride {self.stride}; {fix}--short repeat fits all."
-            )
-        if none_left or len(self.broken) > max(1, MAX_BROKEN * self.total):
-            which = "; ".join(f"{name} ({why})" for name, why in itertools.islice(self.broken.items(), 10))
-            raise ValueError(
-                f"{len(self.broken)} of {self.total} videos cannot be read, at most {MAX_BROKEN:.0%} may be: "
-                f"{which}. Repair them, move them away, or leave them out with --list."
-            )
-        return new
+    def shared(self, other):
+        """Names of the videos that `other` holds too, also under another spelling or through a link."""
+        paths = {os.path.realpath(other.folder / path) for path, _ in other.files}
+        return [path for path, _ in self.files if os.path.realpath(self.folder / path) in paths]
 
 
-def printable(name):
-    """A file's name for messages: bytes that are no UTF-8, line breaks and the like as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
-def walk(folder):
+def video_files(folder):
     """Paths of all videos below a folder, relative to it, by extension in any case, sorted; none hidden.
 
     Links to folders are followed, after all real folders; no folder is read twice, so loops of links end.
+    A folder that holds a run (last.pt) is skipped: its files are results, not data.
     """
     video = re.compile(rf"[^.].*\.({EXTENSIONS})", re.IGNORECASE | re.DOTALL)
-    found, known, todo = [], set(), [folder]
-    for start in todo:  # which grows by the links that are met
+    paths, visited, queue = [], set(), [folder]
+    for start in queue:  # which grows by links to folders
         for root, folders, files in os.walk(start):
-            if os.path.realpath(root) in known:
+            if os.path.realpath(root) in visited or "last.pt" in files:
                 folders.clear()
                 continue
-            known.add(os.path.realpath(root))
+            visited.add(os.path.realpath(root))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            todo += [Path(root, name) for name in folders if Path(root, name).is_symlink()]
-            found += [Path(root, file).relative_to(folder) for file in files if video.fullmatch(file)]
-    return [path.as_posix() for path in sorted(found)]
+            queue += [Path(root, name) for name in folders if Path(root, name).is_symlink()]
+            paths += [Path(root, file).relative_to(folder) for file in files if video.fullmatch(file)]
+    return [path.as_posix() for path in sorted(paths)]
 
 
-def read_list(list_file, folder):
-    """[(path relative to folder, label or None)] of a list file, `path [label]` per line; each video once."""
+def list_lines(list_file):
+    """[(line number, path, label or None)] of a list file, one `path [label]` per line."""
     try:
         text = Path(list_file).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
-        raise ValueError(f"Cannot read the list {list_file}: {reason(error)}.") from None
+        raise ValueError(f"Cannot read the list {list_file}: {error_reason(error)}.") from None
     if "\0" in text:
         raise ValueError(f"Cannot read the list {list_file}: it is no text in UTF-8; save it as such.")
     entry = re.compile(rf"(.*\.(?:{EXTENSIONS}))(?:\s+(.*))?", re.IGNORECASE)
-    root, found = Path(os.path.abspath(folder)), {}
-    for line in filter(None, map(str.strip, text.splitlines())):
-        name, label = match.groups() if (match := entry.fullmatch(line)) else (line, None)
-        path = Path(name)  # in one spelling: no ./ and no //
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    matches = [(number, line, entry.fullmatch(line)) for number, line in lines]
+    return [(number, *(match.groups() if match else (line, None))) for number, line, match in matches]
+
+
+def read_list(list_file, folder):
+    """{path relative to folder: label or None} of a list file; each video once, whatever its spelling."""
+    root, paths, labels = Path(os.path.abspath(folder)), {}, {}
+    for _, name, label in list_lines(list_file):
+        path = Path(name)
         path = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
-        if found.setdefault(path, label) != label:
-            raise ValueError(f"{list_file} names {printable(path)} with several labels; keep one of them.")
-    return list(found.items())
+        path = paths.setdefault(os.path.realpath(root / path), path)
+        if labels.setdefault(path, label) != label:
+            raise ValueError(f"{list_file} names {path} with several labels; keep one of them.")
+    return labels
 
 
-def label_videos(folder, found, beside=()):
-    """([(path, label)], class names in order) of [(path, label or None)]: None becomes the parent folder.
-
-    UCF101's trainlist files work as they are: where all labels are numbers that stand one to one for parent
-    folders, the folder names are the classes, in the order of the numbers (its classInd.txt).
-    beside: more such pairs, of a list whose labels must be of the same kind.
-    """
-
-    def parent(path):
-        return printable(Path(path).parent.name or folder.resolve().name)
-
-    pairs = {(given, parent(path)) for path, given in [*found, *beside] if given}
-    numbers, parents = {given for given, _ in pairs}, {name for _, name in pairs}
-    if len(pairs) == len(numbers) == len(parents) and all(map(str.isdecimal, numbers)):
-        place = {name: int(number) for number, name in pairs}
-        found = [(path, parent(path)) for path, _ in found]
-    else:
-        place, found = {}, [(path, printable(given or parent(path))) for path, given in found]
-    order = {name: (place.get(name, math.inf), name.lower(), name) for _, name in found}
-    return found, tuple(sorted(order, key=order.get))
+def check_lines(list_file, folder):
+    """ValueError if a line of a list names no file."""
+    for number, path, _ in list_lines(list_file):
+        if not (folder / path).exists():
+            comma = ", with a blank (no comma) before the label" if "," in path else ""
+            raise ValueError(
+                f"{list_file}, line {number}: no such file: {folder / path}; a line is `path [label]`{comma}."
+            ) from None
 
 
-def look_at(folder, names):
-    """{name: frames that a file promises, or the reason (a str) why it is no video}; several at a time."""
+def frame_counts(folder, paths):
+    """{path: number of frames, or the reason (a str) why it cannot be read}; several files at a time."""
 
-    def count_or_reason(name):
+    def count_or_reason(path):
         try:
-            with open_video(folder / name) as (container, stream):
-                # Matroska, WebM, MPEG and others do not store the count.
-                return max(stream.frames, 0) or count_packets(container, stream) or "holds no frames"
+            with open_video(folder / path) as (container, stream):
+                return frame_times(container, stream)[0] or "holds no frames"
         except READ_ERRORS as error:
-            return reason(error)
+            return error_reason(error)
 
     with ThreadPoolExecutor(8) as pool:
-        counts = tqdm(pool.map(count_or_reason, names), "look at videos", len(names), leave=False)
-        return dict(zip(names, counts))
+        counts = tqdm(pool.map(count_or_reason, paths), "look at videos", len(paths), leave=False)
+        return dict(zip(paths, counts))
+
+
+class Skipped:
+    """The clips that a run has skipped: `broken` {name: reason} and `too_short` {name: frames}.
+
+    Starts with those that a source left out. update() adds those of a batch.
+    """
+
+    def __init__(self, source):
+        self.source, self.total = source, getattr(source, "total", len(source))
+        self.broken, self.too_short = (dict(getattr(source, kind, {})) for kind in ("broken", "too_short"))
+
+    def update(self, batch):
+        """Add the skipped clips of a batch; returns one message for each new one.
+
+        Raises ValueError if too many clips are broken, or if none is left.
+        """
+        new = {
+            name: reason
+            for name, reason in batch["skipped"].items()
+            if name not in self.broken and name not in self.too_short
+        }
+        self.too_short |= {name: frames for name, frames in new.items() if isinstance(frames, int)}
+        self.broken |= {name: reason for name, reason in new.items() if not isinstance(reason, int)}
+        none_left = batch["missing"] and len(self.broken) + len(self.too_short) >= self.total
+        if none_left and self.too_short:
+            T, stride = self.source.video[0], self.source.stride
+            fits = max(self.too_short.values()) // T
+            fix = f"--stride {fits} would fit the longest, " if fits else ""
+            raise ValueError(
+                f"All {len(self.too_short)} videos that can be read have fewer than {T} frames x stride {stride}; "
+                f"{fix}--short repeat fits all."
+            )
+        if none_left or len(self.broken) > max(1, MAX_BROKEN * self.total):
+            examples = "; ".join(f"{name} ({why})" for name, why in itertools.islice(self.broken.items(), 10))
+            raise ValueError(
+                f"{len(self.broken)} of {self.total} videos cannot be read, at most {MAX_BROKEN:.0%} may be: "
+                f"{examples}. Repair them, move them away, or leave them out of the list."
+            )
+        ends = "ends, or is damaged, after {} frames"
+        reasons = {name: ends.format(why) if isinstance(why, int) else why for name, why in new.items()}
+        return [f"{name} is skipped: {why}" for name, why in reasons.items()]
 
 
 # ---- videos: the frames of a file ----
@@ -485,14 +530,14 @@ class TooShort(ValueError):
         self.frames = frames
 
 
-def reason(error):
+def error_reason(error):
     """The short form of an error from Python or FFmpeg."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 @contextlib.contextmanager
 def open_video(path):
-    """(container, video stream) of a file, closed at the end. ValueError if there is none to decode."""
+    """(container, video stream) of a file, closed at the end. ValueError if it has none that can be decoded."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("is not a regular file")  # reading a pipe could wait for ever
     # "file:" because a name may hold a colon, as in 12:30.mp4, and must not be taken for an address.
@@ -510,9 +555,11 @@ def open_video(path):
 
 
 def packets(container, stream):
-    """Packets up to the end of the file, or to damage of the container; the last one is empty, as a flush."""
-    with contextlib.suppress(av.FFmpegError):  # there cannot be more than there are bytes
-        yield from itertools.islice(container.demux(stream), container.size)
+    """Packets to the end of the file, then an empty one to flush the decoder; or up to damage of the container."""
+    with contextlib.suppress(av.FFmpegError):
+        for packet in itertools.islice(container.demux(stream), container.size):  # no more packets than bytes
+            if packet.size or packet.dts is None:  # an empty packet with a time stamp holds no picture
+                yield packet
 
 
 def count_packets(container, stream):
@@ -520,10 +567,37 @@ def count_packets(container, stream):
     return sum(packet.size > 0 for packet in packets(container, stream))
 
 
+def frame_times(container, stream):
+    """(number of frames, function that gives the time stamp of frame k in display order), nothing decoded.
+
+    MP4 and AVI have an index of all frames. Where there is none, or where it does not tell all (the rest of an MP4
+    may be in fragments, or an edit list hides frames), all packets are read. A time stamp may be None.
+    """
+    index, last = stream.index_entries, stream.frames - 1
+    if last >= 0 and len(index) == stream.frames and 2 * index[last].timestamp >= (stream.duration or 0):
+        if not index[0].is_discard and not index[last].is_discard:
+            delay = (stream.start_time or 0) - index[0].timestamp  # of display after decoding, for B-frames
+            return stream.frames, lambda k: index[k].timestamp + delay
+    seen = [packet for packet in packets(container, stream) if packet.size and not packet.is_discard]
+    times = [packet.dts if packet.pts is None else packet.pts for packet in seen]
+    times = [None] * len(times) if None in times else sorted(times)
+    return len(times), times.__getitem__
+
+
+def holds_picture(packet, stream):
+    """Whether a packet that the decoder refuses holds a picture. It is used up."""
+    if packet.size <= 1 or stream.codec_context.name != "h264":
+        return packet.size > 1  # DivX: one byte stands for the picture before
+    try:  # what is left without metadata, as SEI, and parameter sets
+        return bool(BitStreamFilterContext("filter_units=remove_types=6-13", stream).filter(packet))
+    except av.FFmpegError:
+        return True
+
+
 def all_frames(container, stream, *, limit=True):
     """Decoded frames in display order, up to the end of the file or the first damage after a good frame.
 
-    They end at damage because frames are missing there: no clip may lead across it.
+    They end at damage because frames are missing there: no clip may cross it.
     limit: for one clip, no more than MAX_DECODED.
     """
     most, good = MAX_DECODED // (stream.width * stream.height or 1) if limit else math.inf, False
@@ -531,31 +605,35 @@ def all_frames(container, stream, *, limit=True):
         if number > most:
             raise ValueError(f"one clip needs over {most} frames decoded; encode it with more key frames")
         try:
-            frames = stream.codec_context.decode(packet)
+            frames = [] if packet.is_corrupt else stream.codec_context.decode(packet)
+            damaged = packet.is_corrupt
         except av.FFmpegError:
-            if good:
+            frames, damaged = [], holds_picture(packet, stream)
+        for frame in frames:
+            if not frame.is_corrupt:
+                good = True
+                yield frame
+            elif good:
                 return
-            continue
-        good = good or len(frames) > 0
-        yield from frames
+        if damaged and good:
+            return
 
 
-def frames_from(container, stream, time, *, back):
-    """Frames in display order from `time` (in seconds) on, decoded from the key frame before `time - back`.
+def frames_from(container, stream, time, *, preroll):
+    """Frames in display order from `time` (in stream.time_base) on, decoded from an earlier key frame.
 
-    They end, or do not begin, where they could be wrong: if the first key frame shows too late, because the
-    format has no index or orders its frames otherwise, or if a decoder says that it misses some reference.
+    preroll: look for the key frame this many seconds before `time`.
+    Gives none if the key frame is displayed after `time`: the format has no index, or orders its frames otherwise.
     """
-    with contextlib.suppress(av.FFmpegError, OverflowError):  # what cannot seek stays at its beginning
-        container.seek(int((time - back) / stream.time_base), stream=stream)
-    half = 0.5 / frame_rate(stream)  # time stamps are rounded
+    with contextlib.suppress(av.FFmpegError, OverflowError):  # a file that cannot seek stays where it is
+        container.seek(int(time - preroll / stream.time_base), stream=stream)
     key = reached = False
     for frame in all_frames(container, stream):
         if not (key or frame.key_frame):
             continue  # refers to frames before the key frame, which were not decoded
-        if frame.is_corrupt or frame.time is None or (not key and frame.time > time + half):
+        if frame.pts is None or (not key and frame.pts > time):
             return
-        key, reached = True, reached or frame.time >= time - half
+        key, reached = True, reached or frame.pts >= time
         if reached:
             yield frame
 
@@ -568,9 +646,9 @@ def frame_rate(stream):
 def read_clip(path, *, video=(16, 128, 128), stride=4, start=0.5, crop=(0.5, 0.5), short="repeat"):
     """Read T frames of a video file, every stride-th, from a place given as a fraction: (T, H, W, C) uint8.
 
-    start: 0 is the earliest possible start, 1 the latest. crop: its (vertical, horizontal) place, 0..1.
+    start: 0 is the first possible frame, 1 the last. crop: its (vertical, horizontal) place, 0..1.
     short: with too few frames, "repeat" repeats the last one, "drop" raises TooShort.
-    Rotation by metadata is applied (phones film sideways); non-square pixels and HDR are not converted.
+    Rotation and mirroring by metadata are applied (phones film sideways); non-square pixels and HDR are not.
     Time stamps only choose where a clip starts; from there on frames are counted, also by the stride.
     Raises READ_ERRORS if nothing can be read.
     Differs from paper, which names a random 128 x 128 crop only: the shorter side is first resized to that.
@@ -578,10 +656,10 @@ def read_clip(path, *, video=(16, 128, 128), stride=4, start=0.5, crop=(0.5, 0.5
     T, H, W = video
     span, reformatter = T * stride, VideoReformatter()
 
-    def take(found, skip=0):
+    def take(frames, skip=0):
         """Up to T frames, every stride-th after the first `skip`, each (H, W, C), and how many went by."""
         kept, passed = [], 0
-        for passed, frame in enumerate(found, 1):
+        for passed, frame in enumerate(frames, 1):
             if passed > skip and (passed - skip - 1) % stride == 0:
                 kept.append(upright_crop(frame, reformatter, H, W, crop))
                 if len(kept) == T:
@@ -589,24 +667,24 @@ def read_clip(path, *, video=(16, 128, 128), stride=4, start=0.5, crop=(0.5, 0.5
         return kept, passed
 
     with open_video(path) as (container, stream):
-        begin = float((stream.start_time or 0) * stream.time_base)
-        seconds = float((stream.duration or 0) * stream.time_base) or (container.duration or 0) / av.time_base
-        by_time = seconds * frame_rate(stream)  # fewer than stored if an edit list hides some
-        count = min(stream.frames or by_time, by_time) or count_packets(container, stream)
-        time = begin + start * seconds * max(0.0, 1 - span / max(1.0, count))
-        if time > begin and container.format.name != "mxf":  # whose time stamps may be wrong after a seek
-            for back in (0, 2):  # seconds: the key frame before `time` in the file may show after it
-                frames, _ = take(frames_from(container, stream, time, back=back))
+        count, time = frame_times(container, stream)
+        first = round(start * max(0, count - span))
+        # Not after a seek: a palette comes once, with the first frame; MXF's time stamps may be wrong.
+        seekable = stream.codec_context.pix_fmt != "pal8" and container.format.name != "mxf"
+        if first > 0 and seekable and time(first) is not None:
+            # Seconds: a key frame may be displayed later than its place in the file says.
+            for preroll in (0, 2):
+                frames, _ = take(frames_from(container, stream, time(first), preroll=preroll))
                 if len(frames) == T:
                     return np.stack(frames)  # (T, H, W, C)
     # Where seeking fails, and at the very beginning: decode from there, and count. That tells how many frames
     # there really are; if the header has promised more, choose the place again.
     for _ in range(2):
-        skip = int(start * max(0, count - span))
         with open_video(path) as (container, stream):
-            frames, count = take(all_frames(container, stream), skip)
-        if len(frames) == T or skip == 0:
+            frames, count = take(all_frames(container, stream), first)
+        if len(frames) == T or first == 0:
             break
+        first = round(start * max(0, count - span))
     if not frames:
         raise ValueError("no frame can be decoded")
     if len(frames) < T and short == "drop":
@@ -614,81 +692,170 @@ def read_clip(path, *, video=(16, 128, 128), stride=4, start=0.5, crop=(0.5, 0.5
     return np.stack(frames + frames[-1:] * (T - len(frames)))  # (T, H, W, C)
 
 
+def orientation(frame):
+    """(transpose, flip rows, flip columns) that show a frame upright, by its display matrix.
+
+    The matrix shows pixel (x, y) at (a x + c y, b x + d y). Right angles only: others leave the frame as stored.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
+        if a and d and not b and not c:
+            return False, d < 0, a < 0
+        if b and c and not a and not d:
+            return True, b < 0, c < 0
+    return False, False, False
+
+
 def upright_crop(frame, reformatter, H, W, crop):
     """One decoded frame, scaled so that it just covers H x W, turned upright and cropped: (H, W, C) uint8."""
-    turns = round(frame.rotation / 90) % 4  # counter-clockwise quarter turns that show it upright
-    height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)  # upright
+    transpose, flip_rows, flip_columns = orientation(frame)
+    height, width = (frame.width, frame.height) if transpose else (frame.height, frame.width)  # upright
     scale = max(H / height, W / width)
     height, width = max(H, round(height * scale)), max(W, round(width * scale))
     if height * width > MAX_PIXELS:
         raise ValueError(f"its frames of {frame.width} x {frame.height} pixels are too narrow")
-    stored = {"width": height, "height": width} if turns % 2 else {"width": width, "height": height}
+    stored = {"width": height, "height": width} if transpose else {"width": width, "height": height}
     scaled = reformatter.reformat(frame, format="rgb24", interpolation="BILINEAR", threads=1, **stored)
     top, left = (min(int(place * (room + 1)), room) for place, room in zip(crop, (height - H, width - W)))
-    return np.rot90(scaled.to_ndarray(), turns)[top : top + H, left : left + W]
+    pixels = scaled.to_ndarray().transpose(1, 0, 2) if transpose else scaled.to_ndarray()
+    pixels = pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+    return pixels[top : top + H, left : left + W]
 
 
-# ---- command lines: what all programs share ----
+# ---- batches ----
 
 
-def fail(message, code=2):
-    """End the program with one sentence; exit code 2 is for a mistake that the user can mend."""
-    if os.environ.get("RANK", "0") != "0":  # torchrun's process 0 says the same, which ends this one
-        time.sleep(2)
-    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(code)
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, clips):
+    """The random order of one epoch."""
+    return np.random.default_rng((seed, 0, epoch)).permutation(clips)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with the file's docstring as manual, whose errors are one sentence."""
-
-    def __init__(self, description):
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=form, allow_abbrev=False)
-
-    def error(self, message):
-        """One sentence, exit code 2."""
-        fail(f"{message} (--help lists all settings)")
-
-    def parse_args(self, *arguments):
-        """As argparse's; an empty text is a mistake, a shell variable that is not set for example."""
-        found = super().parse_args(*arguments)
-        for action in self._actions:
-            if action.option_strings and getattr(found, action.dest, None) == "":
-                self.error(f"{action.option_strings[0]} is empty; leave it out, or say which")
-        return found
-
-
-def number(kind=int, *, least=-math.inf, most=math.inf, above=-math.inf, below=math.inf):
-    """A type for argparse: an int or a finite float inside the limits that are given."""
-    limits = {"at least": least, "more than": above, "at most": most, "below": below}
-    wanted = "an integer" if kind is int else "a finite number"
-    wanted += "".join(f", {word} {limit}" for word, limit in limits.items() if abs(limit) != math.inf)
-
-    def convert(text):
-        try:
-            value, shown = kind(text), text
-        except ValueError:
-            value, shown = math.nan, repr(text)
-        if least <= value <= most and above < value < below:  # nan never is
-            return value
-        raise argparse.ArgumentTypeError(f"{shown:.40} must be {wanted}")
-
-    return convert
-
-
-def check_output(path, *, folder=False):
-    """ValueError if a file, or files in a folder, cannot be written: said before the work, not after it."""
-    path = Path(path)
+def read_sample(source, index, rng=None):
+    """A sample; its video is None where `skipped` {name: reason, or frames if too short} says why."""
+    video, skipped = None, {}
     try:
-        (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable" if folder else path
-        new = not probe.exists()
-        probe.open("ab").close()
-        if new:
-            probe.unlink()
-    except (OSError, ValueError) as error:  # ValueError: no name of a file
-        raise ValueError(f"{path} cannot be written ({reason(error)}); name another place.") from None
+        video = torch.from_numpy(source.read(index, rng))
+    except READ_ERRORS as error:
+        skipped[source.name(index)] = error.frames if isinstance(error, TooShort) else error_reason(error)
+    return {"video": video, "index": index, "skipped": skipped}
+
+
+class EvalDataset(Dataset):
+    """The clips of a source in order, read as for evaluation. A broken file gives only its reason."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __getitem__(self, index):
+        return read_sample(self.source, index)
+
+
+class TrainDataset(Dataset):
+    """The endless stream of training samples: sample k is a pure function of (seed, k).
+
+    No random state is kept: (seed, 0, epoch) draws the order, (seed, 1, epoch, clip) start, crop and flip, and
+    (seed, 2, step) the masks in train.py. So workers, stopping and resuming change nothing. A broken or short
+    file is replaced by the next good one of the source, and reported with the sample.
+    """
+
+    def __init__(self, source, seed):
+        self.source, self.seed = source, seed
+
+    def __getitem__(self, k):
+        clips, skipped = len(self.source), {}
+        epoch, place = divmod(k, clips)
+        first = int(epoch_order(self.seed, epoch, clips)[place])
+        rng = np.random.default_rng((self.seed, 1, epoch, first))
+        for attempt in range(
+            max(clips, 100)
+        ):  # few clips are tried again from other starts: damage may end one
+            sample = read_sample(self.source, (first + attempt) % clips, rng)
+            skipped |= sample["skipped"]
+            if sample["video"] is not None:
+                break
+        return sample | {"skipped": skipped}  # without a video, if none is left
+
+
+def collate(samples):
+    """A batch: video (B, T, H, W, C) uint8 or None, index [B], number of missing clips, skipped files."""
+    read = [sample for sample in samples if sample["video"] is not None]
+    return {
+        "video": torch.stack([sample["video"] for sample in read]) if read else None,
+        "index": [sample["index"] for sample in read],
+        "missing": len(samples) - len(read),
+        "skipped": {name: why for sample in samples for name, why in sample["skipped"].items()},
+    }
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def ignore_signals(_):
+    """Workers end with the main process: Ctrl-C and SIGTERM reach it too, and it wants its last batch."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Loader(DataLoader):
+    """torch's DataLoader, whose workers start only if there is enough shared memory, and shielded from signals."""
+
+    def __iter__(self):
+        if not self.num_workers:
+            return super().__iter__()
+        self.check_shared_memory()
+        blocked = hasattr(signal, "pthread_sigmask")  # not on Windows
+        # A worker that is just starting would die of Ctrl-C, and with it the main process before it has saved.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if blocked else None
+        try:
+            return super().__iter__()
+        except OSError as error:
+            raise ValueError(
+                f"{self.num_workers} workers cannot be started ({error_reason(error)}); use fewer, as --workers 1 or 0."
+            ) from None
+        finally:
+            if blocked:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def check_shared_memory(self):
+        """ValueError if the batches in flight do not fit into /dev/shm: workers would wait for ever."""
+        if not Path("/dev/shm").is_dir():
+            return
+        samples = (self.dataset[index] for batch in self.batch_sampler for index in batch)
+        clip = next((sample["video"] for sample in samples if sample["video"] is not None), None)
+        if clip is None:
+            return
+        batches = min(len(self), self.num_workers * self.prefetch_factor + 1)
+        largest = self.batch_size or len(self.batch_sampler[0])
+        need, free = batches * largest * clip.nbytes, shutil.disk_usage("/dev/shm").free
+        if need > free:
+            raise ValueError(
+                f"{self.num_workers} workers need {need / 1e6:.0f} MB of shared memory, /dev/shm has {free / 1e6:.0f} "
+                f"MB free; use --workers 0, or start the container with a larger one (--shm-size {need / 1e9:.1f}g)."
+            )
+
+
+def train_loader(source, *, batch, first=0, last, seed=0, workers=0, part=0, parts=1, pin_memory=False):
+    """Batches of training steps first..last-1, the same for any first and any number of workers.
+
+    part, parts: read only this one of equal parts of every batch, for several processes.
+    """
+    size = batch // parts
+    starts = range(first * batch + part * size, last * batch, batch)
+    indices = [range(start, start + size) for start in starts]
+    loader_kwargs = {"num_workers": workers, "worker_init_fn": ignore_signals, "pin_memory": pin_memory}
+    return Loader(TrainDataset(source, seed), batch_sampler=indices, collate_fn=collate, **loader_kwargs)
+
+
+def eval_loader(source, *, indices=None, batch=32, workers=0):
+    """Batches of every clip once and in order, or of some; broken files are reported and left out."""
+    indices = range(len(source)) if indices is None else indices
+    loader_kwargs = {"num_workers": workers, "worker_init_fn": ignore_signals}
+    return Loader(EvalDataset(source), batch_size=batch, sampler=indices, collate_fn=collate, **loader_kwargs)
+
+
+# ---- for all programs ----
 
 
 def pick_device(name="auto"):
@@ -705,183 +872,62 @@ def pick_device(name="auto"):
     return name
 
 
-def free_workers(error):
-    """Let go of a loader that failed. Python would wait for ever for its workers, which ignore signals."""
-    if hasattr(signal, "SIGCHLD"):  # not on Windows; torch's handler would raise again meanwhile
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    traceback.clear_frames(error.__traceback__)
+def default_workers():
+    """Processes that read clips: the cores that this process may use, shared with torchrun's other processes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def out_of_memory(error):
-    """Is there too little memory, of the machine or of a GPU?"""
-    lacks = "out of memory" in str(error) or "allocate memory" in str(error)
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and lacks)
-
-
-@contextlib.contextmanager
-def program():
-    """Around the main() of every program: what ends it ends it with one sentence and without a traceback."""
+def keep_freed_memory():
+    """Keep large buffers that are freed: giving them back at every step costs up to a third of a CPU's time."""
     with contextlib.suppress(AttributeError, TypeError, OSError):  # elsewhere than on Linux with glibc
-        # Keep what is freed: giving large buffers back at every step costs up to a third of a CPU's time.
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: larger ones still come from the system
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def check_writable(path, folder=False):
+    """ValueError if a file, or files in a folder, cannot be written: said before the work, not after it."""
+    path = Path(path)
+    try:
+        (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable" if folder else path
+        new = not probe.exists()
+        probe.open("ab").close()
+        if new:
+            probe.unlink()
+    except (OSError, ValueError) as error:  # ValueError: not a file's name
+        raise ValueError(f"{path} cannot be written ({error_reason(error)}); name another place.") from None
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Around the main() of every program: a ValueError becomes one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a console may lack the letters of a file's name
     try:
         yield
+        sys.stdout.flush()
+    except ValueError as error:
+        if os.environ.get("RANK", "0") != "0":  # torchrun's process 0 says the same, which ends this one
+            time.sleep(2)
+        tqdm.write(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:
-        free_workers(error)
-        if isinstance(error, BrokenPipeError):  # | head
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        if isinstance(error, ValueError):
-            fail(error)
-        if isinstance(error, OSError):  # a full disk, for example
-            fail(f"{error.filename or 'a file'}: {reason(error)}", code=1)
-        if out_of_memory(error):
-            fail("out of memory; try a smaller --batch.", code=1)
-        raise
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    finally:
+        end_workers()
 
 
-# ---- batches ----
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed, epoch, clips):
-    """The random order of one epoch."""
-    return np.random.default_rng((seed, 0, epoch)).permutation(clips)
-
-
-def read_sample(source, index, rng=None):
-    """A sample; its video is None where `broken` {name: reason, or frames, if too short} says why."""
-    video, broken = None, {}
-    try:
-        video = torch.from_numpy(source.read(index, rng))
-    except READ_ERRORS as error:
-        broken[source.name(index)] = error.frames if isinstance(error, TooShort) else reason(error)
-    return {"video": video, "index": index, "broken": broken}
-
-
-class Ordered(Dataset):
-    """The clips of a source in order, read as for evaluation. A broken file gives only its reason."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def __getitem__(self, index):
-        return read_sample(self.source, index)
-
-
-class Stream(Dataset):
-    """The endless stream of training samples: sample k is a pure function of (seed, k).
-
-    No random state is kept: (seed, 0, epoch) draws the order, (seed, 1, epoch, clip) start, crop and flip, and
-    (seed, 2, step) the masks in train.py. So workers, stopping and resuming change nothing. A broken or short
-    file is replaced by the next good one of the source, and reported with the sample.
-    """
-
-    def __init__(self, source, seed):
-        self.source, self.seed = source, seed
-
-    def __getitem__(self, k):
-        clips, broken = len(self.source), {}
-        epoch, place = divmod(k, clips)
-        first = int(epoch_order(self.seed, epoch, clips)[place])
-        rng = np.random.default_rng((self.seed, 1, epoch, first))
-        for tried in range(max(clips, 100)):  # of few, each again from another start: damage may end a clip
-            sample = read_sample(self.source, (first + tried) % clips, rng)
-            broken |= sample["broken"]
-            if sample["video"] is not None:
-                break
-        return sample | {"broken": broken}  # without a video, if none is left
-
-
-def collate(samples):
-    """A batch: video (B, T, H, W, C) uint8 or None, index [B], how many clips are missing, broken files."""
-    read = [sample for sample in samples if sample["video"] is not None]
-    return {
-        "video": torch.stack([sample["video"] for sample in read]) if read else None,
-        "index": [sample["index"] for sample in read],
-        "missing": len(samples) - len(read),
-        "broken": {name: why for sample in samples for name, why in sample["broken"].items()},
-    }
-
-
-def leave_signals_to_main(_):
-    """Workers end with the main process: Ctrl-C and SIGTERM reach it too, and it wants its last batch."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def loader(source, *, batch, first=0, last, seed=0, workers=0, part=0, parts=1, pin_memory=False):
-    """Batches of training steps first..last-1, the same for any first and any number of workers.
-
-    part, parts: read only this one of equal parts of every batch, for several processes.
-    """
-    size = batch // parts
-    starts = range(first * batch + part * size, last * batch, batch)
-    which = [range(start, start + size) for start in starts]
-    how = {"num_workers": workers, "worker_init_fn": leave_signals_to_main, "pin_memory": pin_memory}
-    return DataLoader(Stream(source, seed), batch_sampler=which, collate_fn=collate, **how)
-
-
-def evaluation_loader(source, *, indices=None, batch=32, workers=0):
-    """Batches of every clip once and in order, or of some; broken files are reported and left out."""
-    which = range(len(source)) if indices is None else indices
-    how = {"num_workers": workers, "worker_init_fn": leave_signals_to_main}
-    return DataLoader(Ordered(source), batch_size=batch, sampler=which, collate_fn=collate, **how)
-
-
-# ---- pictures ----
-
-# A 3x5 pixel font: one octal digit per row of a letter.
-GLYPHS = (
-    "A25755 B65656 C34443 D65556 E74647 F74644 G34553 H55755 I72227 J11152 K55655 L44447 M57755 N65555 "
-    "O25552 P65644 Q25563 R65655 S34216 T72222 U55557 V55552 W55775 X55255 Y55222 Z71247 075557 126227 "
-    "271747 371717 455711 574717 674757 771111 875757 975717 .00002 -00700 +02720 :02020 /11244 %51245 "
-    "(24442 )21112"
-)
-FONT = {glyph[0]: [int(row) for row in glyph[1:]] for glyph in GLYPHS.split()}
-
-
-def tile(rows):
-    """One image (H, W, C) from rows of pictures, {title: (n, H, W, C) uint8}. Small ones are enlarged."""
-    zoom = max(1, 128 // next(iter(rows.values())).shape[1])
-    margin = 8 * max(map(len, rows)) + 16
-    strips = []
-    for title, pictures in rows.items():
-        picture = np.concatenate(list(pictures), axis=1).repeat(zoom, 0).repeat(zoom, 1)
-        strip = np.zeros((picture.shape[0] + 4, margin + picture.shape[1], 3), np.uint8)
-        strip[:-4, margin:] = picture
-        letters = np.array([FONT.get(letter, [0] * 5) for letter in title.upper()])  # (letters, 5)
-        bits = letters[..., None] >> np.array([2, 1, 0, 3]) & 1  # (letters, 5, 4): bit 3, the gap, is 0
-        text = bits.transpose(1, 0, 2).reshape(5, -1).repeat(2, 0).repeat(2, 1)  # 8 x 10 pixels a letter
-        top = picture.shape[0] // 2 - 5
-        strip[top : top + 10, 8 : 8 + text.shape[1]] = 255 * text[..., None]
-        strips.append(strip)
-    return np.concatenate(strips)
-
-
-def write_picture(path, image):
-    """Write an image (H, W, C) uint8 as a PNG file."""
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-    codec = av.CodecContext.create("png", "w")
-    codec.width, codec.height, codec.pix_fmt, codec.time_base = frame.width, frame.height, "rgb24", 1
-    Path(path).write_bytes(b"".join(bytes(packet) for packet in codec.encode(frame) + codec.encode(None)))
-
-
-def write_video(path, images, *, rate=8, codec=None, options=None):
-    """Write images (H, W, C) uint8, one or more, as an MP4 file: H.264 where this FFmpeg can, else MPEG-4."""
-    images = iter(images)
-    first = next(images)
-    codec = codec or ("libx264" if "libx264" in av.codecs_available else "mpeg4")
-    options = options or {"preset": "ultrafast"}  # which only libx264 heeds
-    with av.open(f"file:{path}", "w", format="mp4") as container:
-        stream = container.add_stream(codec, rate=rate, options=options)
-        H, W = (size // 2 * 2 for size in first.shape[:2])  # both codecs want even sizes
-        stream.height, stream.width, stream.pix_fmt = H, W, "yuv420p"
-        for image in itertools.chain([first], images):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:H, :W]), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+def end_workers():
+    """Kill the workers that are left after an error. They ignore SIGTERM, and Python would wait for them."""
+    workers = multiprocessing.active_children()
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+    for worker in workers:
+        worker.kill()
+        worker.join()
