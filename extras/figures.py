@@ -188,7 +188,7 @@ def save_figure(path, panels):
     """Write a PNG and a PDF of several panels, each a function that draws on an axis, under one legend."""
     columns = len(panels) if len(panels) in (1, 2, 4) else 3
     rows = -(-len(panels) // columns)
-    figure = pyplot().figure(figsize=(4.2 * columns, 3.5 * rows + 0.8), layout="constrained")
+    figure = pyplot().figure(figsize=(max(6, 4.2 * columns), 3.5 * rows + 0.8), layout="constrained")
     for place, draw in enumerate(panels, start=1):
         draw(figure.add_subplot(rows, columns, place))
     legend = {}

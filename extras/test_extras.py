@@ -691,7 +691,7 @@ def verdict_shares(draw, draws=150):
     rng, shares = np.random.default_rng(0), defaultdict(lambda: defaultdict(float))
     for _ in range(draws):
         for claim, verdict in verdicts(draw(rng, rng.standard_normal(1100))).items():
-            shares[claim[:2] + claim[-5:]][verdict] += 1 / draws
+            shares[claim.split(" ")[0] + ", the paper's K" * ("paper" in claim)][verdict] += 1 / draws
     return shares
 
 
@@ -714,7 +714,7 @@ def test_the_papers_numbers_confirm_its_claims(sd, least):
 
     for claim, share in verdict_shares(draw).items():
         assert share["refuted"] <= 0.05, (claim, share)
-        if "C4" not in claim and "lest K" not in claim:  # .983 is too near C4's .98 for three seeds
+        if claim != "C4":  # .983 is too near its .98 for three seeds
             assert share["confirmed"] >= least, (claim, share)
 
 
@@ -882,7 +882,7 @@ def results_of_runs(regimes=("e2e", "simultaneous", "mine"), Ks=(2, 4), labels=(
 def test_figures_are_written(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     assert "holds no analysis.json" in refused(figures, tmp_path)
-    (tmp_path / "analysis.json").write_text(json.dumps(results_of_runs()))
+    (tmp_path / "analysis.json").write_text(json.dumps(results_of_runs(("e2e", "mine"), (2,))))
     draws = {"entropy": [[0.5, 0.4]], "random": [[0.5, 0.3], [0.5, 0.2]]}
     (tmp_path / "prune.json").write_text(json.dumps({"run": {"removed": [0, 1], "accuracy": draws}}))
     run(figures, tmp_path)
