@@ -213,7 +213,7 @@ def measure(args, runs, sources):
     folds = split(targets, labels, sizes, sources[0][0])
     occluded_x, _, occluded_names, *_ = extract(models, occluded, **options)
     if occluded_names != names:
-        raise ValueError("Some clips could not be read a second time; is their disk still there?")
+        raise ValueError("Some clips could not be read a second time; their disk may be gone.")
 
     values, by_clip, tested = {}, {}, torch.cat([test for _, test in folds])
     for title, model in tqdm(models.items(), "measurements", leave=False):

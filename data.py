@@ -328,13 +328,8 @@ class Videos:
         short="drop",
         flip=True,
     ):
-        self.folder, self.video, self.stride, self.short, self.flip = (
-            Path(folder),
-            tuple(video),
-            stride,
-            short,
-            flip,
-        )
+        self.folder, self.video, self.flip = Path(folder), tuple(video), flip
+        self.stride, self.short = stride, short
         if not str(folder) or not self.folder.is_dir():
             raise ValueError(f"{folder or 'An empty name'} is not a folder of videos.")
         if list_file is None:
@@ -392,6 +387,15 @@ class Videos:
         path, rules = self.folder / self.files[index][0], {"stride": self.stride, "short": self.short}
         clip = read_clip(path, video=self.video, start=start, crop=(top, left), **rules)
         return np.ascontiguousarray(clip[:, :, ::-1]) if self.flip and mirror > 0.5 else clip
+
+    def summary(self):
+        """How many videos are used, and which are left out: lines to print."""
+        lines = [f"data: {len(self)} of {self.total} videos in {self.folder}, classes: {len(self.classes)}"]
+        if self.too_short:
+            need = f"{self.video[0]} frames x stride {self.stride}"
+            lines.append(f"  {len(self.too_short)} left out, shorter than {need}; --short repeat keeps them")
+        lines += [f"  broken: {name} ({reason})" for name, reason in self.broken.items()]
+        return "\n".join(lines)
 
     def shared(self, other):
         """Names of the videos that `other` holds too, also under another spelling or through a link."""
@@ -574,10 +578,10 @@ def frame_times(container, stream):
     may be in fragments, or an edit list hides frames), all packets are read. A time stamp may be None.
     """
     index, last = stream.index_entries, stream.frames - 1
-    if last >= 0 and len(index) == stream.frames and 2 * index[last].timestamp >= (stream.duration or 0):
-        if not index[0].is_discard and not index[last].is_discard:
-            delay = (stream.start_time or 0) - index[0].timestamp  # of display after decoding, for B-frames
-            return stream.frames, lambda k: index[k].timestamp + delay
+    whole = last >= 0 and len(index) == stream.frames and 2 * index[last].timestamp >= (stream.duration or 0)
+    if whole and not (index[0].is_discard or index[last].is_discard):
+        delay = (stream.start_time or 0) - index[0].timestamp  # of display after decoding, for B-frames
+        return stream.frames, lambda k: index[k].timestamp + delay
     seen = [packet for packet in packets(container, stream) if packet.size and not packet.is_discard]
     times = [packet.dts if packet.pts is None else packet.pts for packet in seen]
     times = [None] * len(times) if None in times else sorted(times)
@@ -768,9 +772,7 @@ class TrainDataset(Dataset):
         epoch, place = divmod(k, clips)
         first = int(epoch_order(self.seed, epoch, clips)[place])
         rng = np.random.default_rng((self.seed, 1, epoch, first))
-        for attempt in range(
-            max(clips, 100)
-        ):  # few clips are tried again from other starts: damage may end one
+        for attempt in range(max(clips, 100)):  # few are tried again from other starts: damage may end one
             sample = read_sample(self.source, (first + attempt) % clips, rng)
             skipped |= sample["skipped"]
             if sample["video"] is not None:
@@ -900,9 +902,14 @@ def check_writable(path, folder=False):
         raise ValueError(f"{path} cannot be written ({error_reason(error)}); name another place.") from None
 
 
+def is_sentence(error):
+    """Whether an error is a sentence for the user: a ValueError of this project, which ends with a full stop."""
+    return isinstance(error, ValueError) and str(error).endswith(".")
+
+
 @contextlib.contextmanager
 def user_errors():
-    """Around the main() of every program: a ValueError becomes one sentence and exit code 2."""
+    """Around the main() of every program: a sentence for the user is printed, exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a console may lack the letters of a file's name
@@ -910,6 +917,8 @@ def user_errors():
         yield
         sys.stdout.flush()
     except ValueError as error:
+        if not is_sentence(error):
+            raise
         if os.environ.get("RANK", "0") != "0":  # torchrun's process 0 says the same, which ends this one
             time.sleep(2)
         tqdm.write(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)

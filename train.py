@@ -739,7 +739,9 @@ def error_hint(config):
     try:
         with contextlib.redirect_stdout(Screen(sys.stdout)), contextlib.redirect_stderr(Screen(sys.stderr)):
             yield
-    except Exception:  # noqa: BLE001, it is printed whole
+    except Exception as error:
+        if data.is_sentence(error):
+            raise
         traceback.print_exc()
         if (Path(config.out) / "last.pt").is_file():
             command = f"python {config.program} --resume --out {shlex.quote(config.out)}"

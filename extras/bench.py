@@ -64,7 +64,7 @@ def hugging_face_case(args):
     try:
         from transformers import VideoMAEConfig, VideoMAEForPreTraining
     except ImportError:
-        raise ValueError("--peer needs transformers; install it with: pip install transformers") from None
+        raise ValueError("--peer needs transformers: run pip install transformers first.") from None
     e2e = Blockwise(**train_config(args, regime="e2e").model_arguments())
     shape = {"tubelet_size": e2e.tubelet[0], "patch_size": e2e.tubelet[1]}
     shape |= {"num_frames": e2e.video[0], "image_size": e2e.video[1]}

@@ -55,7 +55,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("Figures need matplotlib; install it with: pip install matplotlib") from None
+        raise ValueError("Figures need matplotlib: run pip install matplotlib first.") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot
 

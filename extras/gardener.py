@@ -107,7 +107,7 @@ def read_weights(path, pattern=None):
         with torch.serialization.safe_globals([argparse.Namespace]):  # VideoMAE's files hold their settings
             state = torch.load(file, map_location="cpu", weights_only=True)
     except ImportError:
-        raise ValueError(f"{file} needs safetensors; install it with: pip install safetensors") from None
+        raise ValueError(f"{file} needs safetensors: run pip install safetensors first.") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{file} is damaged, or holds more than data, which is not read.") from error
     if "config" in state:

@@ -9,10 +9,13 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,6 +30,7 @@ from blockwise import REGIMES, Blockwise, load, make_optimizers, save, train_ste
 from extras import bench, claims, figures, gardener, graph, layerlock, pack, pipeline, videomae
 from model import SIZES, gather_tokens, normalized_targets, patchify, tube_mask
 from test_all import (
+    FOLDER,
     TINY_RUN,
     TOY,
     batch,
@@ -644,6 +648,39 @@ def test_refusals_of_pack(tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "write_video", full_disk)
     errors = run(pack, source, tmp_path / "new", code=2)[1]
     assert "new cannot be written: [Errno 28] No space left on device" in errors
+
+
+# ---- the core without this folder ----
+
+ALONE = """
+import runpy, sys, pytest
+small = "--pixels 16 --frames 8 --batch 4 --workers 0 --device cpu --out run"
+clips = "run --data videos --stride 1 --workers 0 --device cpu"
+for command in (f"train.py --blocks 2 --steps 2 {small}", f"probe.py {clips}", f"analyze.py {clips}"):
+    sys.argv = command.split()
+    runpy.run_path(sys.argv[0], run_name="__main__")
+fast = "mask or target or gradient or sequential or e2e or parameters or resuming or scikit or cka or readme"
+sys.exit(pytest.main(["-q", "test_all.py", "-p", "no:cacheprovider", "-k", fast]))
+"""
+
+
+def test_the_core_trains_probes_analyses_and_is_tested_without_this_folder(tmp_path):
+    root = Path(__file__).parent.parent
+    names = ("model", "blockwise", "data", "train", "probe", "analyze", "test_all")
+    for name in (*(f"{name}.py" for name in names), "README.md", "pyproject.toml"):
+        shutil.copy(root / name, tmp_path)
+    write_copies(tmp_path / "videos", FOLDER)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    settings = {"cwd": tmp_path, "env": environment, "timeout": 150, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", ALONE], check=False, **settings)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for word in ("block2", "linear probe", "linear CKA", "passed"):
+        assert word in done.stdout
+
+
+def test_no_extra_imports_another():
+    for path in Path(__file__).parent.glob("*.py"):
+        assert path == Path(__file__) or not re.search(r"(from|import) extras", path.read_text()), path
 
 
 # ---- claims.py ----

@@ -262,7 +262,7 @@ def optional(module):
         return importlib.import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        raise ValueError(f"{package} is not installed; install it with: pip install {package}") from None
+        raise ValueError(f"{package} is not installed: run pip install {package} first.") from None
 
 
 def new_folder(path):
