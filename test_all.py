@@ -1365,24 +1365,24 @@ def clusters(count=300, classes=5, width=12, noise=1.5, seed=0):
     return (centres[y] + noise * torch.randn(count, width, generator=generator)) * scale, y
 
 
-def test_probe_equals_scikit_learn_at_C_1():
+def test_linear_probe_equals_scikit_learn():
     linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
     for noise in (1.5, 6.0):
         x, y = clusters(noise=noise)
         x[:, 0] *= 1e-9  # a feature of any scale counts
         targets = torch.stack([y, y % 2], dim=1)  # of two classes scikit-learn penalises one weight vector
-        found = probe.logistic_probe(x[:200], targets[:200], x[200:])
+        results = probe.logistic_probe(x[:200], targets[:200], x[200:])
         alone = probe.logistic_probe(x[:200], y[:200], x[200:])
-        torch.testing.assert_close(found[0], alone, rtol=0, atol=1e-6)
+        torch.testing.assert_close(results[0], alone, rtol=0, atol=1e-6)
         mean, std = x[:200].double().mean(0), x[:200].double().std(0, unbiased=False)
         fit, test = ((a.double() - mean) / std for a in (x[:200], x[200:]))
-        for probabilities, target in zip(found, targets.T):
+        for probabilities, target in zip(results, targets.T):
             reference = linear_model.LogisticRegression(C=1.0, tol=1e-12, max_iter=10000)
             expected = reference.fit(fit, target[:200]).predict_proba(test)
-            np.testing.assert_allclose(probabilities.numpy(), expected, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(probabilities.numpy(), expected, rtol=0, atol=1e-6)
 
 
-def test_probe_is_at_the_optimum_of_its_objective():
+def test_linear_probe_is_the_optimum_of_its_objective():
     x, y = clusters(noise=6.0)
     probabilities = probe.logistic_probe(x, y, x)
     z = (x.double() - x.double().mean(0)) / x.double().std(0, unbiased=False)
@@ -1394,7 +1394,7 @@ def test_probe_is_at_the_optimum_of_its_objective():
     assert rest.sum(0).abs().max() < 1e-4  # intercept is free
 
 
-def test_probe_on_odd_features():
+def test_linear_probe_with_constant_missing_and_infinite_values():
     x, y = clusters()
     plain = probe.logistic_probe(x, y, x)
     constant = torch.cat([x, torch.full((len(x), 2), 7.0)], dim=1)
@@ -1409,7 +1409,7 @@ def test_probe_on_odd_features():
     raises("not finite", probe.logistic_probe, x, y, x)
 
 
-def test_retrieval_equals_scikit_learn_with_ties():
+def test_average_precision_equals_scikit_learn_also_with_ties():
     metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
     x, y = clusters(count=80, noise=6.0)
     x[40:60] = x[:20]  # equal similarities
@@ -1420,59 +1420,57 @@ def test_retrieval_equals_scikit_learn_with_ties():
     assert probe.retrieval(x, y)["mAP"] == pytest.approx(np.mean(values), rel=1e-6)
 
 
-def test_retrieval_by_hand():
-    angle = torch.tensor([0.0, 0.1, 0.3, 1.0])
-    x = 5 * torch.stack([angle.cos(), angle.sin()], dim=1)
-    found = probe.retrieval(x, torch.tensor([0, 1, 0, 1]))
-    # Each query's neighbours, nearest first: 0: 1 2 3; 1: 0 2 3; 2: 1 0 3; 3: 2 1 0.
-    # Its own class stands 2, 3, 2, 2.
-    assert found["mAP"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 2 + 1 / 2) / 4)
-    assert (found["top1"], found["top5"], found["queries"]) == (0.0, 1.0, 4)
-    assert probe.retrieval(x, torch.tensor([0, 1, 0, 1]), ks=(5, 1, 10)) == found
-    alone = probe.retrieval(x, torch.tensor([0, 0, 1, 2]))
-    assert alone["queries"] == 2 and alone["mAP"] == 1.0
-    assert np.isnan(probe.retrieval(x, torch.arange(4))["mAP"])
+def test_retrieval_equals_its_definition():
+    x, y = clusters(count=50, width=3, noise=6.0)
+    similarity = F.normalize(x.double(), dim=1) @ F.normalize(x.double(), dim=1).T
+    y[49] = 9  # alone in its class: no query
+    precision, first = [], []
+    for i in range(49):
+        others = sorted(set(range(50)) - {i}, key=lambda j: -similarity[i, j])
+        places = [rank for rank, j in enumerate(others, start=1) if y[j] == y[i]]
+        precision.append(np.mean([hit / rank for hit, rank in enumerate(places, start=1)]))
+        first.append(places[0])
+    result = probe.retrieval(x, y)
+    assert result["mAP"] == pytest.approx(np.mean(precision)) and result["queries"] == 49
+    for k in (1, 5, 10):
+        assert result[f"top{k}"] == pytest.approx(np.mean(np.array(first) <= k))
+    pairs = probe.retrieval(x, torch.stack([y, y % 2], dim=1))
+    assert [values[0] for values in pairs.values()] == list(result.values())
+    assert [values[1] for values in pairs.values()] == list(probe.retrieval(x, y % 2).values())
+    assert np.isnan(probe.retrieval(x, torch.arange(50))["mAP"])
 
 
-def test_tied_clips_are_retrieved_in_random_order():
-    found = probe.retrieval(torch.ones(40, 6), torch.tensor([0] * 30 + [1] * 10))  # collapsed to a point
-    assert found["top1"] == pytest.approx((30 * 29 + 10 * 9) / 40 / 39)
-    miss = [np.prod([(39 - p - j) / (39 - j) for j in range(5)]) for p in (29, 9)]
-    assert found["top5"] == pytest.approx(1 - (30 * miss[0] + 10 * miss[1]) / 40)
-    generator, hits = torch.Generator().manual_seed(0), []
-    x, y = clusters(count=40, width=3, noise=6.0)
-    x[20:] = x[torch.arange(20) // 4]  # groups of ties, some of them first
-    for _ in range(300):
-        shuffled = torch.randperm(40, generator=generator)
-        z = F.normalize(x[shuffled].double(), dim=1)
-        similarity = (z @ z.T).round(decimals=9) - 2 * torch.eye(40)
-        order = similarity.argsort(dim=1, descending=True, stable=True)
-        of_class = y[shuffled][order[:, :5]] == y[shuffled].unsqueeze(1)
-        hits.append([of_class[:, :k].any(dim=1).double().mean().item() for k in (1, 5)])
-    found, both = probe.retrieval(x, y), probe.retrieval(x, torch.stack([y, y % 2], dim=1))
-    assert (found["top1"], found["top5"]) == pytest.approx(tuple(np.mean(hits, axis=0)), abs=0.01)
-    assert [values[0] for values in both.values()] == pytest.approx(list(found.values()))
-    assert both["mAP"][1] == pytest.approx(probe.retrieval(x, y % 2)["mAP"])
+def test_collapsed_features_retrieve_nothing():
+    y = torch.tensor([0] * 30 + [1] * 10)
+    result = probe.retrieval(torch.ones(40, 6), y)
+    assert result["top1"] == result["top10"] == 0.0
+    assert result["mAP"] == pytest.approx((30 * 29 + 10 * 9) / 40 / 39)  # as for a random order
+    twins = torch.eye(4).repeat(2, 1)  # tied clips of the query's own class are hits
+    assert probe.retrieval(twins, torch.arange(8) % 4)["top1"] == 1.0
 
 
-def test_accuracies_and_neighbours_by_hand():
+def test_accuracies_and_neighbours():
     true, predicted = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1])
     assert probe.accuracies(predicted, true) == (0.75, pytest.approx((2 / 3 + 1) / 2))
     x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
     y, queries = torch.tensor([1, 1, 0]), torch.tensor([[9.0, 1.0], [0.1, 0.9]])
     assert probe.knn(x, y, queries, k=1).tolist() == [1, 0]
     assert probe.knn(x, y, queries, k=2).tolist() == [1, 0]  # 0 and 1 tie for the second: the lower one
-    both = torch.stack([y, torch.tensor([5, 3, 5])], dim=1)  # two targets
-    assert probe.knn(x, both, queries, k=3).tolist() == [[1, 5], [1, 5]]
+    targets = torch.stack([y, torch.tensor([5, 3, 5])], dim=1)
+    assert probe.knn(x, targets, queries, k=3).tolist() == [[1, 5], [1, 5]]
+    sklearn = pytest.importorskip("sklearn.neighbors", reason="scikit-learn is not installed")
+    x, y = clusters(count=900, noise=6.0)
+    reference = sklearn.KNeighborsClassifier(20, metric="cosine").fit(x[:300], y[:300]).predict(x[300:])
+    assert probe.knn(x[:300], y[:300], x[300:]).tolist() == reference.tolist()
 
 
-def test_neighbours_of_few_clips_know_more_than_the_majority():
+def test_neighbours_are_at_most_the_clips_of_a_class():
     y = torch.arange(18) % 3
     scores = probe.score(F.one_hot(y).float(), y.unsqueeze(1), probe.stratified_folds(y))
     assert scores["knn"] == scores["accuracy"] == [1.0]
 
 
-def test_folds_are_a_stratified_partition():
+def test_folds_are_stratified_and_disjoint():
     labels = torch.tensor([0] * 30 + [1] * 7 + [2])
     folds = probe.stratified_folds(labels)
     assert sorted(torch.cat([test for _, test in folds]).tolist()) == list(range(38))
@@ -1483,7 +1481,7 @@ def test_folds_are_a_stratified_partition():
     assert of_neighbours[0] == [*range(10), 30, 31, 32] and of_neighbours[1] == [*range(10, 20), 33, 34, 37]
 
 
-def test_a_probe_that_can_only_seem_to_measure_is_refused():
+def test_a_split_without_meaning_is_refused_and_unseen_classes_are_named(capsys):
     labels, one = {"class": ("a", "b", "c")}, torch.zeros(9, 1, dtype=torch.long)
     for targets, sizes, sentence in (
         (one, [9], "All clips to fit on have class a"),
@@ -1493,8 +1491,10 @@ def test_a_probe_that_can_only_seem_to_measure_is_refused():
         (one[:2], [2, 0], "too few"),
     ):
         raises(sentence, probe.split, targets, labels, sizes, None)
-    (fit, test), *_ = probe.split(torch.tensor([[0], [1], [1], [0], [1], [0]]), labels, [4, 2], None)
-    assert fit.tolist() == [0, 1, 2, 3] and test.tolist() == [4, 5]
+    [(train, test)] = probe.split(torch.tensor([[0], [1], [1], [0], [1], [0]]), labels, [4, 2], None)
+    assert train.tolist() == [0, 1, 2, 3] and test.tolist() == [4, 5] and not capsys.readouterr().out
+    probe.split(torch.tensor([[0], [1], [1], [0], [1], [2]]), labels, [4, 2], None)
+    assert capsys.readouterr().out.endswith("counted as wrong: c\n")
 
 
 def test_features_are_the_mean_tokens_of_every_block():
@@ -1508,28 +1508,28 @@ def test_features_are_the_mean_tokens_of_every_block():
     for name in ("block1", "block2"):
         torch.testing.assert_close(features["run", name][3], tokens[name][0].mean(dim=0))
     run = probe.Run("run", "run", model, {"config": model.config, "settings": {"seed": 0}})
-    bare = probe.subjects([run], before_norm=True)["run"].encode(video)
+    bare = probe.networks([run], before_norm=True)["run"].encode(video)
     assert torch.equal(bare["block1"], tokens["block1"]) and not torch.equal(bare["block2"], tokens["block2"])
     torch.testing.assert_close(model.blocks["block2"].norm(bare["block2"]), tokens["block2"])
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="tells memory on Linux only")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use, on Linux")
 def test_features_of_more_clips_take_hardly_more_memory():
     class Wide(torch.nn.Module):
         def encode(self, video):
-            h, found = torch.zeros(len(video), 128, 96), {}
+            h, tokens = torch.zeros(len(video), 128, 96), {}
             for k in range(12):
-                h = found[f"block{k}"] = torch.cat([h, h, h], dim=2)[..., :96] + 1
-            return found
+                h = tokens[f"block{k}"] = torch.cat([h, h, h], dim=2)[..., :96] + 1
+            return tokens
 
     def megabytes(clips):
         probe.extract({name: Wide() for name in "abcdefgh"}, [(source, range(clips))])
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     source = Scenes("test", clips=500, video=(8, 16, 16))
-    with data.program():
-        few = megabytes(64)
-        assert megabytes(500) - few < 60  # the features themselves take 18
+    data.keep_freed_memory()
+    few = megabytes(64)
+    assert megabytes(500) - few < 60  # the features themselves take 18
 
 
 @pytest.mark.parametrize("double,count", [(False, 10800), (True, 15552)])
@@ -1720,31 +1720,32 @@ def nearest_mean(x, targets, test, **_):
     return found
 
 
-def test_a_probe_reads_videos_as_the_run_was_trained_unless_told(tmp_path):
-    folder, settings = write_copies(tmp_path, ["walk/a.mp4", "run/b.mp4"]), {"stride": 2, "short": "repeat"}
-    run = SimpleNamespace(model=SimpleNamespace(video=(8, 16, 16)), checkpoint={"settings": settings})
-    for flags, expected in (("", (2, "repeat")), ("--stride 1 --short drop", (1, "drop"))):
-        args = probe.flags().parse_args(["RUN", "--data", str(folder), *flags.split()])
-        [(source, indices)] = probe.open_data(args, run)
-        assert (source.stride, source.short) == expected and indices == [0, 1]
-
-
-def test_probe_prints_runs_baselines_and_seeds(three_runs, monkeypatch):
+def test_probe_tables_hold_runs_seeds_chance_and_baselines(three_runs, tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "logistic_probe", nearest_mean)
     runs = [three_runs / name for name in ("e2e-2", "sim-2", "sim-2-seed1")]
-    text, _ = run(probe, *runs, "--clips", 36, "--workers", 0)
-    rows = ["chance", "raw pixels: middle frame", "raw pixels: frame changes", "untrained", "sim-2 block1"]
-    for row in (*rows, "e2e-2 block2", "sim-2 block2 .*±"):
-        assert re.search(f"^{row}", text, re.MULTILINE), row
-    assert not re.search("^e2e-2 block2 .*±", text, re.MULTILINE)  # one seed
-    for word in (*Scenes().labels, "balanced", "knn", "all", "mAP", "top10", "colour: linear"):
-        assert word in text
+    command = [*runs, "--clips", 36, "--workers", 0, "--json", tmp_path / "table.json"]
+    with monkeypatch.context() as broken:
+        broken.setattr(probe, "print_scores", None)
+        pytest.raises(TypeError, run, probe, *command)
+    scores = json.loads((tmp_path / "table.json").read_text())  # written before the tables are printed
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
+    text, _ = run(probe, *command)
+    tables = text.split("\n\n")[1:]
+    for table, words in zip(tables, ([*Scenes().labels], ["balanced", "all"], ["colour: linear", "top10"])):
+        assert all(word in table.splitlines()[0] for word in words)
+        rows = ["chance", "raw pixels: middle frame", "raw pixels: frame changes", "untrained, 12 layers"]
+        for row in (*rows, "e2e-2 block2", "sim-2 block1", "sim-2 block2 .*±"):
+            assert re.search(f"^{row}", table, re.MULTILINE), row
+        assert not re.search("^e2e-2 block2 .*±", table, re.MULTILINE)  # one seed
+    seeds = [scores[title]["block2"]["mAP"]["colour"] for title in ("sim-2", "sim-2-seed1")]
+    assert f" {np.mean(seeds):.3f} ±{np.std(seeds, ddof=1):.3f}" in tables[2]
+    assert scores["chance"][""]["accuracy"].keys() == Scenes().labels.keys()
 
 
 def test_features_file(three_runs, tmp_path):
-    for name, more in (("out.npz", []), ("out", ["--before-norm"])):  # just the file that is named
-        how = ["--clips", 9, "--workers", 0, "--features", tmp_path / name]
-        run(probe, three_runs / "sim-2", *how, *more)
+    for name, more in (("out.npz", []), ("out", ["--before-norm"])):  # exactly the file that is named
+        command = ["--clips", 9, "--workers", 0, "--features", tmp_path / name]
+        run(probe, three_runs / "sim-2", *command, *more)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.npz"]
     with np.load(tmp_path / "out.npz") as file, np.load(tmp_path / "out") as bare:
         assert file["block1"].shape == file["block2"].shape == (9, 96)
@@ -1752,76 +1753,115 @@ def test_features_file(three_runs, tmp_path):
         assert (file["block1"] == bare["block1"]).all() and not np.allclose(file["block2"], bare["block2"])
 
 
-@pytest.mark.parametrize("program", [probe, analyze])
-def test_wrong_calls_are_refused_before_the_measurements(program, three_runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(program, "extract", None)  # nothing is measured
-    base = [three_runs / "sim-2", "--workers", 0]
-    (tmp_path / "file").touch()
-    output = "--features" if program is probe else "--out"
-    cases = [
-        ("--stride -4", "at least 1"),
-        ("--batch 0", "at least 1"),
-        ("--workers -2", "at least 0"),
-        ("--clips 10000000000", "at most"),
-        ("--data=", "is empty"),
-        ("--device meta", "does not work here"),
-        (f"{output} {tmp_path}/file/x", "cannot be written"),
-    ]
-    if program is probe:
-        cases += [("--k 0", "at least 1"), (f"--features {tmp_path}", "cannot be written")]
-    for arguments, sentence in cases:
-        assert sentence in refused(program, *base, *arguments.split())
-    other = shutil.copytree(three_runs / "sim-2", tmp_path / "sim-2-seed5")
-    assert "look like two seeds but both have" in refused(program, other, *base)
-    checkpoint = load(other)[1]
-    for change in ({"step": 7}, {"settings": checkpoint["settings"] | {"lr": 0.5}}):
-        torch.save(checkpoint | change, other / "last.pt")
-        assert "look like seeds of one run but differ" in refused(program, other, *base)
+def test_probe_takes_clips_of_ones_own(three_runs, monkeypatch):
+    monkeypatch.setattr(probe, "logistic_probe", nearest_mean)
+
+    class Noise:
+        labels, fingerprint = {"half": ("dark", "bright")}, "noise"
+        __len__ = lambda self: 12
+        name = lambda self, index: f"noise {index}"
+        targets = lambda self, index: (index % 2,)
+        read = lambda self, index, rng=None: np.full((8, 16, 16, 3), 99 * (index % 2), np.uint8)
+
+    with redirect_stdout(io.StringIO()) as text:
+        probe.main([str(three_runs / "sim-2"), "--workers", "0"], sources=[(Noise(), range(12))])
+    assert "8 clips to fit, 4 to test, folds: 3" in text.getvalue()
+    assert re.search("^raw pixels: middle frame +1.000 ", text.getvalue(), re.MULTILINE)
 
 
-def test_the_untrained_network_is_the_same_for_all_seeds(three_runs):
-    runs = probe.read_runs([three_runs / "sim-2", three_runs / "sim-2-seed1"])
+def test_untrained_network_is_the_same_for_all_seeds(three_runs):
+    runs = probe.load_runs([three_runs / "sim-2", three_runs / "sim-2-seed1" / "last.pt"])
     title = runs[0].untrained
-    both = [probe.subjects(order)[title].state_dict() for order in (runs, runs[::-1])]
-    assert not differing(*both)
+    assert not differing(*(probe.networks(order)[title].state_dict() for order in (runs, runs[::-1])))
     deeper = runs[1]._replace(model=Blockwise(**runs[0].model.config | {"depth": 4}))
     assert deeper.untrained != title
 
 
-def test_a_run_that_is_not_finished_is_read_and_said_to_be(three_runs, tmp_path, capsys):
+def test_an_encoder_without_norm_and_decoders_is_a_run_like_others(tmp_path):
+    model = toy(output_norm=False, decoders=False)
+    save(tmp_path / "last.pt", model, [], step=0, settings={"regime": "e2e"})
+    [loaded] = probe.load_runs([tmp_path])
+    untrained, trained = probe.networks([loaded], before_norm=True).values()
+    assert loaded.untrained.endswith("no norm") and untrained.config == model.config
+    assert not differing(weights(trained), weights(model))
+
+
+def test_unfinished_runs_are_read_and_named(three_runs, tmp_path, capsys):
     other = shutil.copytree(three_runs / "sim-2", tmp_path / "other")
-    probe.read_runs([other])
-    assert "not finished" not in capsys.readouterr().out
+    probe.load_runs([other])
+    assert not capsys.readouterr().out
     checkpoint = load(other)[1]
     torch.save(checkpoint | {"step": 1}, other / "last.pt")
-    probe.read_runs([other])
+    probe.load_runs([other])
     assert f"other is not finished: step 1 of {checkpoint['step']}" in capsys.readouterr().out
 
 
-def test_only_a_lack_of_memory_is_called_so():
-    with pytest.raises(RuntimeError) as of_torch:
-        torch.empty(2**60)
-    for error in (MemoryError(), of_torch.value, torch.OutOfMemoryError("CUDA out of memory.")):
-        assert data.out_of_memory(error)
-    assert not data.out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+def test_a_run_on_videos_is_probed_on_its_own_videos(folder, tmp_path, capsys, monkeypatch):
+    train, test = (listed(tmp_path, *FOLDER[part], name=name) for name, part in SPLIT.items())
+    settings = {"data": str(folder), "stride": 2, "short": "repeat"}
+
+    def open_data(*flags, **changes):
+        checkpoint = {"settings": settings | changes}
+        own = SimpleNamespace(title="mine", model=SimpleNamespace(video=(8, 16, 16)), checkpoint=checkpoint)
+        sources = [source for source, _ in probe.open_data(probe.flags().parse_args(["RUN", *flags]), own)]
+        return sources, capsys.readouterr().out
+
+    [source], text = open_data()
+    assert (len(source), source.stride, source.short) == (20, 2, "repeat")
+    assert text.startswith("mine was trained on these videos") and f"20 of 20 videos in {folder}" in text
+    [source], text = open_data("--stride", "1", "--short", "drop", list=str(train))
+    assert (len(source), source.stride, source.short) == (13, 1, "drop") and str(train) in text
+    sources, _ = open_data(list=str(train), eval_list=str(test))
+    assert [len(source) for source in sources] == [13, 7]
+    raises("--data scenes", open_data, data="gratings")  # the folder of the run is gone: not the stimuli
+    [source], text = open_data("--data", "scenes")
+    assert isinstance(source, Scenes) and text == "generated scenes: 3000 clips\n"
+    monkeypatch.chdir(folder.parent)
+    write_copies(folder.parent / "gratings", ["a/1.avi", "b/2.avi"])
+    [source], text = open_data("--data", "gratings")
+    assert isinstance(source, Videos) and text.startswith("data: 2 of 2 videos in gratings")
+    [source], text = open_data("--data", "double-gratings", stride=None)
+    assert isinstance(source, data.Gratings) and text.startswith("generated double-gratings")
 
 
-def test_probe_on_videos_with_lists_and_wrong_calls(three_runs, folder, tmp_path):
+def test_probe_names_what_it_leaves_out(three_runs, folder, tmp_path):
+    write_numbered(folder / "walk" / "short.avi", frames=2)
+    (folder / "walk" / "broken.avi").write_bytes(b"no video")
+    text, _ = run(probe, three_runs / "sim-2", "--workers", 0, "--data", folder, "--stride", 1)
+    assert "20 of 22 videos" in text and "walk/broken.avi" in text and "--short repeat" in text
+
+
+def test_likely_mistakes_in_a_probe_get_one_sentence(three_runs, folder, tmp_path):
     base = [three_runs / "sim-2", "--workers", 0]
     videos = [*base, "--data", folder, "--stride", 1]
     fit = ["--train-list", listed(tmp_path, *FOLDER[:13], name="train.txt"), "--test-list"]
-    test, empty = listed(tmp_path, *FOLDER[13:]), listed(tmp_path, name="empty.txt")
+    test, link = listed(tmp_path, *FOLDER[13:]), folder / "again.MP4"
     assert "13 clips to fit, 7 to test" in run(probe, *videos, *fit, test)[0]
+    link.symlink_to(folder / FOLDER[0])
+    seed5 = shutil.copytree(three_runs / "sim-2", tmp_path / "sim-2-seed5")
+    other = tmp_path / "sim"
+    run(train, *TINY_RUN, "--pixels", 24, "--steps", 1, "--out", other)
     for arguments, sentence in (
         ([tmp_path], "There is no checkpoint"),
-        ([*base, "--data", "nowhere"], "'nowhere' is not a folder"),
+        ([base[0], *base], "Two runs are called sim-2"),
+        ([seed5, *base], "both have seed 0"),
+        ([other, *base], "clips of different sizes"),
+        ([*base, "--data", "nowhere"], "nowhere is not a folder"),
+        ([*base, "--data="], "is not a folder"),
+        ([*base, "--device", "meta"], "does not work here"),
+        ([*base, "--batch", 0], "at least 1"),
         ([*videos, *fit[:2]], "go together"),
-        ([*base, *fit, test], "say in which folder with --data"),
-        ([*videos, *fit, empty], "No videos in"),
+        ([*base, *fit, test], "name their folder with --data"),
+        ([*videos, *fit, listed(tmp_path, name="empty.txt")], "No videos in"),
         ([*videos, *fit, fit[1]], "13 videos are in both lists"),
-        ([*base, "--blocks", 3], "cuts a VideoMAE"),
+        ([*videos, *fit, listed(tmp_path, "again.MP4", name="link.txt")], "1 videos are in both lists"),
         ([*videos, *fit, listed(tmp_path, FOLDER[13], name="one.txt")], "too few to fit and to test on"),
         ([*base, "--data", folder / "walk", "--stride", 1], "All videos have the class walk"),
+        ([*base, "--features", tmp_path], "is not a result"),
+        ([*base, "--features", three_runs / "sim-2" / "last.pt"], "is not a result"),
+        ([*base, "--features", test / "x.npz"], "cannot be written"),
+        ([*base, "--json", three_runs / "sim-2" / "config.json"], "is not a result"),
+        ([*videos, "--json", folder / FOLDER[0]], "is not a result"),
     ):
         assert sentence in refused(probe, *arguments)
 
