@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from blockwise import local_loss
-from data import check_writable, eval_loader, pick_device, user_errors
+from data import Gratings, check_writable, eval_loader, keep_freed_memory, pick_device, user_errors
 from model import gather_tokens, normalized_targets, tube_mask
 from probe import extract, load_runs, networks, open_data, parser, print_table, probe_accuracy, score, split
 
@@ -157,12 +157,13 @@ class Occluded:
         return occlude(video, generator=generator, **self.arguments).numpy()
 
 
-def occluded_sources(sources, model, stimuli):
-    """The same clips, [(source, indices)], occluded. stimuli: gratings or double-gratings, or else None."""
+def occluded_sources(sources, model):
+    """The same clips, [(source, indices)], occluded."""
     # Differs from paper: the patch is a tubelet's, which is 16 x 16 as there in its sizes, but 8 x 8 in nano.
     # Blank is 0, which in gratings (-1..1) is mid-grey.
-    arguments = {"patch": model.tubelet[1:], "halves": stimuli == "double-gratings"}
-    arguments["blank"] = 128 if stimuli in ("gratings", "double-gratings") else 0
+    source = sources[0][0]
+    stimuli, arguments = isinstance(source, Gratings), {"patch": model.tubelet[1:]}
+    arguments |= {"halves": stimuli and source.double, "blank": 128 if stimuli else 0}
     occlude(torch.zeros(*model.video, 3), **arguments)  # raises if clips are too narrow
     return [(Occluded(source, **arguments), indices) for source, indices in sources]
 
@@ -207,7 +208,7 @@ def measure(args, runs, sources):
     """
     models = networks(runs, args.before_norm)
     options = {"batch": args.batch, "workers": args.workers, "device": args.device}
-    occluded = occluded_sources(sources, runs[0].model, args.data)
+    occluded = occluded_sources(sources, runs[0].model)
     x, targets, names, labels, sizes = extract(models, sources, **options, measure=patch_similarity)
     folds = split(targets, labels, sizes, sources[0][0])
     occluded_x, _, occluded_names, *_ = extract(models, occluded, **options)
@@ -287,7 +288,7 @@ def geometry(x):
 # Settings that two compared runs need not share: the regime and K are compared, the others change no weight.
 # frames and pixels are in the model's config; the clips' fingerprint stands for data and list.
 NOT_SHARED = {"regime", "blocks", "seed", "frames", "pixels", "data", "list", "eval_list", "out", "resume"}
-NOT_SHARED |= {"device", "workers", "compile", "graph", "decoder_slices"}
+NOT_SHARED |= {"device", "workers", "compile", "graph", "decoder_slices", "keep"}
 
 
 def shared_settings(run):
@@ -298,6 +299,21 @@ def shared_settings(run):
     settings |= {"clips": checkpoint.get("data"), "objective": checkpoint.get("objective")}
     total = checkpoint.get("total") or checkpoint["step"] or 1
     return settings | {"progress": checkpoint["step"] / total}
+
+
+def check_groups(runs):
+    """ValueError if runs that look like seeds of one group differ in more than their seed."""
+    first = {}
+    for run in runs:
+        other = first.setdefault(run.group, run)
+        a, b = (
+            {"regime": r.regime, "K": r.model.config["blocks"]} | shared_settings(r) for r in (other, run)
+        )
+        if names := [name for name in sorted(a | b) if a.get(name) != b.get(name)]:
+            both = f"{other.title} and {run.title}"
+            raise ValueError(
+                f"{both} look like seeds of one run but differ in {', '.join(names)}; rename one."
+            )
 
 
 def describe(args, runs, values, chance, clips):
@@ -370,13 +386,15 @@ def main(arguments=None):
     """Write analysis.json and analysis.npz, then print the tables."""
     args = flags().parse_args(arguments)
     args.device = pick_device(args.device)
+    keep_freed_memory()
     folder, runs = Path(args.out), load_runs(args.runs)
+    check_groups(runs)
     sources = open_data(args, runs[0])
     check_writable(folder, folder=True)
     values, by_clip, chance, clips = measure(args, runs, sources)
     analysis = describe(args, runs, values, chance, clips)
     write_results(folder, analysis, by_clip)
-    print(f"{args.data or 'moving scenes'}: {clips['read']} clips, {clips['tested']} of them tested on")
+    print(f"{clips['read']} clips read, {clips['tested']} of them tested on")
     for name, most in MOST_CLIPS.items():
         if most < clips["tested"]:
             print(f"{name}: of {most} test clips, drawn at random")

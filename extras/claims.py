@@ -34,6 +34,9 @@ from data import user_errors
 # if an untrained network has 13 %), NO_GAIN the largest gain of the last block that is none.
 CLOSE, NO_GAIN, CKA_SATURATED = 0.3, 0.1, 0.98
 LEAST_PAIRS = 4  # seeds for a paired t
+# Simulated with the paper's numbers for Tiny (guesses where it has none), three seeds and 1,100 clips confirm each
+# claim in 65 to 95 % of cases if accuracy differs by .005 to .01 over seeds, but C4 in 10 to 20 %: the paper's CKA of
+# .983 is too near its limit. Four seeds confirm C4 in 20 to 50 %.
 
 
 # ---- groups of runs ----
@@ -112,7 +115,7 @@ class Estimate(NamedTuple):
     def words(self, unit="", scale=1.0):
         """The number with its 95 % interval."""
         if math.isnan(self.value):
-            return "unknown"
+            return "unknown (training has no certain gain)"
         decimals, margin = 3 if scale == 1 else 1, scale * self.margin()
         words = f"{scale * self.value:+.{decimals}f}"
         return f"{words}{unit}" if math.isnan(margin) else f"{words} ± {margin:.{decimals}f}{unit}"
@@ -238,7 +241,7 @@ def saturation(groups):
     cka = sum_of_means([np.mean(ckas, axis=0)])
     test = "t over seeds, between blocks of one run"
     gains = f"last block - block before, as a share of what training gains: {share.words(' %', 100)}; "
-    cka_words = f"linear CKA of the last block and the block before: {cka.words()}"
+    cka_words = f"linear CKA of the last block and the block before: {cka.words().lstrip('+')}"
     return [
         Part(share, -NO_GAIN, NO_GAIN, gains + "; ".join(words), test),
         Part(cka, CKA_SATURATED, math.inf, cka_words, test),
@@ -297,12 +300,15 @@ def main(arguments=None):
     groups = read_groups(folder)
     verdicts = {}
     for claim, parts in claims(groups).items():
-        tests = ", ".join(dict.fromkeys(part.test for part in parts))
-        verdicts[claim] = {
+        tests = dict.fromkeys(
+            part.test for part in parts if part.estimate.freedom > 0
+        )  # nan: one seed, no test
+        answer = {
             "verdict": verdict(parts),
-            "test": tests,
+            "test": ", ".join(tests),
             "numbers": [part.words for part in parts],
         }
+        verdicts[claim] = answer
     file = folder / "claims.json"
     file.with_suffix(".tmp").write_text(to_json(verdicts))
     os.replace(file.with_suffix(".tmp"), file)
@@ -312,9 +318,9 @@ def main(arguments=None):
         names = sorted(g.shared.keys() | groups[0].shared.keys())
         if others := [name for name in names if g.shared.get(name) != groups[0].shared.get(name)]:
             print(f"{g.name} is not compared with {groups[0].name}: they differ in {', '.join(others)}")
-    for claim, found in verdicts.items():
-        print(f"{claim}: {found['verdict']}" + (f" ({found['test']})" if found["test"] else ""))
-        for words in found["numbers"]:
+    for claim, answer in verdicts.items():
+        print(f"{claim}: {answer['verdict']}" + (f" ({answer['test']})" if answer["test"] else ""))
+        for words in answer["numbers"]:
             print(f"    {words}")
     print(f"\n{file}")
 

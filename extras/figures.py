@@ -151,13 +151,13 @@ def draw_gains(axis, groups, name):
     for g in groups:
         cka = np.diagonal(np.mean([run["linear CKA"] for run in g.runs], axis=0), 1)
         gain = np.diff(g.values(name).mean(axis=0))
-        looks = {"color": g.colour, "marker": g.marker}
-        axis.plot(cka, gain, linewidth=0.7, label=g.label, **looks)
-        axis.plot(cka[:1], gain[:1], linestyle="", fillstyle="none", markersize=11, **looks)
+        looks = {"color": g.colour, "marker": g.marker, "linestyle": ""}
+        axis.plot(cka, gain, label=g.label, **looks)
+        axis.plot(cka[:1], gain[:1], fillstyle="none", markersize=11, **looks)
     axis.axhline(0, color="gray", linewidth=0.8)
     axis.margins(0.1)
     words = {"xlabel": "linear CKA of the two blocks", "ylabel": f"gain in {name}"}
-    axis.set(title="gain by transition (ring: block 1 to 2)", **words)
+    axis.set(title="gain by transition (outlined: block 1 to 2)", **words)
     axis.grid(alpha=0.3)
 
 
@@ -188,7 +188,7 @@ def save_figure(path, panels):
     """Write a PNG and a PDF of several panels, each a function that draws on an axis, under one legend."""
     columns = len(panels) if len(panels) in (1, 2, 4) else 3
     rows = -(-len(panels) // columns)
-    figure = pyplot().figure(figsize=(4.2 * columns, 3.5 * rows + 0.8), layout="constrained")
+    figure = pyplot().figure(figsize=(max(6, 4.2 * columns), 3.5 * rows + 0.8), layout="constrained")
     for place, draw in enumerate(panels, start=1):
         draw(figure.add_subplot(rows, columns, place))
     legend = {}
@@ -209,13 +209,12 @@ def probe_panels(groups):
         if "accuracy" in name:
             key = json.dumps([run[name] for g in groups for run in g.runs])
             panels.setdefault(key, []).append(name)
-    short = {"accuracy": "all targets"}
     titles = {}
     for names in panels.values():
-        if names[0] == "accuracy" and len(names) > 1:  # one target only
+        if names[0] == "accuracy" and len(names) > 1:  # there is one target only
             names = names[-1:]
-        words = [short.get(n, n.removeprefix("accuracy: ").removesuffix(" accuracy")) for n in names]
-        titles[names[0]] = "linear probe: " + " = ".join(words)
+        words = " = ".join(name.removeprefix("accuracy: ").removesuffix(" accuracy") for name in names)
+        titles[names[0]] = f"linear probe: {'all targets' if words == 'accuracy' else words}"
     return titles
 
 

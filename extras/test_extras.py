@@ -9,8 +9,13 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,9 +27,10 @@ import data
 import probe
 import train
 from blockwise import REGIMES, Blockwise, load, make_optimizers, save, train_step
-from extras import bench, gardener, graph, layerlock, pack, pipeline, videomae
+from extras import bench, claims, figures, gardener, graph, layerlock, pack, pipeline, videomae
 from model import SIZES, gather_tokens, normalized_targets, patchify, tube_mask
 from test_all import (
+    FOLDER,
     TINY_RUN,
     TOY,
     batch,
@@ -642,3 +648,306 @@ def test_refusals_of_pack(tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "write_video", full_disk)
     errors = run(pack, source, tmp_path / "new", code=2)[1]
     assert "new cannot be written: [Errno 28] No space left on device" in errors
+
+
+# ---- the core without this folder ----
+
+ALONE = """
+import runpy, sys, pytest
+small = "--pixels 16 --frames 8 --batch 4 --workers 0 --device cpu --out run"
+clips = "run --data videos --stride 1 --workers 0 --device cpu"
+for command in (f"train.py --blocks 2 --steps 2 {small}", f"probe.py {clips}", f"analyze.py {clips}"):
+    sys.argv = command.split()
+    runpy.run_path(sys.argv[0], run_name="__main__")
+fast = "mask or target or gradient or sequential or e2e or parameters or resuming or scikit or cka or readme"
+sys.exit(pytest.main(["-q", "test_all.py", "-p", "no:cacheprovider", "-k", fast]))
+"""
+
+
+def test_the_core_trains_probes_analyses_and_is_tested_without_this_folder(tmp_path):
+    root = Path(__file__).parent.parent
+    names = ("model", "blockwise", "data", "train", "probe", "analyze", "test_all")
+    for name in (*(f"{name}.py" for name in names), "README.md", "pyproject.toml"):
+        shutil.copy(root / name, tmp_path)
+    write_copies(tmp_path / "videos", FOLDER)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    settings = {"cwd": tmp_path, "env": environment, "timeout": 150, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", ALONE], check=False, **settings)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for word in ("block2", "linear probe", "linear CKA", "passed"):
+        assert word in done.stdout
+
+
+def test_no_extra_imports_another():
+    for path in Path(__file__).parent.glob("*.py"):
+        assert path == Path(__file__) or not re.search(r"(from|import) extras", path.read_text()), path
+
+
+# ---- claims.py ----
+
+
+def made_up(regime, profile, rng, difficulty, *, seeds=3, sd=0.005, similarity=0.2, drop=0.5, cka=0.985):
+    """A group of runs whose truth is known. sd: of a run's accuracy over seeds; its blocks share four fifths.
+
+    profile: the true accuracy of every block. difficulty: of every test clip, the same for all groups.
+    """
+    values, by_clip, K, n = [], [], len(profile), len(difficulty)
+    for _ in range(seeds):
+        noise = sd * rng.standard_normal() + sd / 5 * rng.standard_normal(K)  # of the run, and of its blocks
+        limits = torch.special.ndtri(torch.tensor(profile) + torch.from_numpy(noise)).numpy()
+        noise = 0.3**0.5 * rng.standard_normal(n) + 0.1**0.5 * rng.standard_normal((K, n))
+        correct = (0.6**0.5 * difficulty + noise < limits[:, None]).astype(float)
+        clips = dict.fromkeys(("accuracy", "high-level accuracy", "low-level accuracy"), correct)
+        for name, mean, spread in (("patch similarity", similarity, 0.05), ("OccDrop", drop, 0.8)):
+            clips[name] = mean + sd * rng.standard_normal() + spread * rng.standard_normal((K, n))
+        run_values = {name: a.mean(axis=1).tolist() for name, a in clips.items()}
+        run_values["linear CKA"] = np.full((K, K), cka + 0.6 * sd * rng.standard_normal()).tolist()
+        values.append(run_values)
+        by_clip.append(clips)
+    untrained = regime != "untrained" and made_up("untrained", [0.13] * K, rng, difficulty, seeds=1)
+    seeds = tuple(range(seeds))
+    return claims.Group(f"{regime}-{K}", regime, K, {}, seeds, values, by_clip, untrained or None)
+
+
+def by_runs(regime, numbers, seeds, block_before=0.0):
+    """A group of K = 2 whose accuracies, by seed, are exactly these numbers, with two test clips that agree."""
+    values = [{"accuracy": [block_before, x], "linear CKA": [[1, x], [x, 1]]} for x in numbers]
+    by_clip = [{"accuracy": np.zeros((2, 2)) + [[block_before], [x]]} for x in numbers]
+    untrained = regime and by_runs("", [-1.0], (0,), -1.0)
+    return claims.Group(
+        regime, regime or "untrained", 2, {}, tuple(seeds), values, by_clip, untrained or None
+    )
+
+
+def verdicts(groups):
+    return {claim: claims.verdict(parts) for claim, parts in claims.claims(groups).items()}
+
+
+def verdict_shares(draw, draws=150):
+    """Share of draws with each verdict: {claim: {verdict: share}}; draw(rng, difficulty) gives the groups."""
+    rng, shares = np.random.default_rng(0), defaultdict(lambda: defaultdict(float))
+    for _ in range(draws):
+        for claim, verdict in verdicts(draw(rng, rng.standard_normal(1100))).items():
+            shares[claim.split(" ")[0] + ", the paper's K" * ("paper" in claim)][verdict] += 1 / draws
+    return shares
+
+
+@pytest.mark.parametrize("sd,least", [(0.005, 0.65), (0.01, 0.45)])
+def test_the_papers_numbers_confirm_its_claims(sd, least):
+    paper = [  # the probe on UCF101 by block, of Tiny, which is the harder to tell; K = 6 by its reported end
+        ("e2e", [0.266, 0.317, 0.334, 0.328]),
+        ("simultaneous", [0.307, 0.326, 0.335, 0.329]),
+        ("sequential", [0.306, 0.325, 0.337, 0.332]),
+        ("simultaneous", [0.295, 0.310, 0.322, 0.330, 0.326, 0.320]),
+    ]
+
+    def draw(rng, difficulty):
+        groups = []
+        for regime, profile in paper:
+            similarity, drop = (0.166, 0.5) if regime == "e2e" else (0.235, 0.6)
+            truth = {"similarity": similarity, "drop": drop, "cka": 0.983, "sd": sd}
+            groups.append(made_up(regime, profile, rng, difficulty, **truth))
+        return groups
+
+    for claim, share in verdict_shares(draw).items():
+        assert share["refuted"] <= 0.05, (claim, share)
+        if claim != "C4":  # .983 is too near its .98 for three seeds
+            assert share["confirmed"] >= least, (claim, share)
+
+
+def test_verdicts_are_wrong_in_5_percent_at_most():
+    def equal(rng, difficulty):  # nothing mixes or is decodable earlier; CKA is at its limit
+        four, six = [0.35, 0.38, 0.4, 0.4], [0.35, 0.37, 0.38, 0.39, 0.4, 0.4]
+        cases = [("e2e", four), ("simultaneous", four), ("sequential", four), ("simultaneous", six)]
+        return [made_up(*case, rng, difficulty, sd=0.01, cka=claims.CKA_SATURATED) for case in cases]
+
+    def limit(rng, difficulty):  # all losses are just as large as may be called close, the last gain as none
+        four = 0.4 - claims.CLOSE * (0.4 - 0.13)
+        six = four - claims.CLOSE * (four - 0.13)
+        gains = {end: claims.NO_GAIN * (end - 0.13) for end in (four, six)}
+        cases = [("e2e", [0.35, 0.38, 0.4, 0.4]), ("simultaneous", [0.35, 0.35, four - gains[four], four])]
+        cases += [("simultaneous", [0.25] * 4 + [six - gains[six], six])]
+        return [made_up(*case, rng, difficulty, sd=0.01) for case in cases]
+
+    for claim, share in verdict_shares(equal).items():
+        wrong = {"C3": share["confirmed"] + share["refuted"], "C6": share["confirmed"] + share["refuted"]}
+        wrong["C4"] = share["confirmed"]
+        assert wrong.get(claim[:2], share["refuted"]) <= 0.05, (claim, share)
+    for claim, share in verdict_shares(limit).items():
+        assert claim[:2] not in ("C1", "C4", "C5", "C7") or share["confirmed"] <= 0.05, (claim, share)
+
+
+def test_student_t_is_the_tables():
+    for freedom, value in ((1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (1e9, 1.960)):
+        assert claims.student_t(0.975, freedom) == pytest.approx(value, abs=0.003)
+    assert claims.student_t(0.5, 3) == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "seeds,shared", [(range(4), range(4)), (range(3), range(3)), (range(5), range(1, 5))]
+)
+def test_four_shared_seeds_are_compared_in_pairs(seeds, shared):
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    x, y = np.random.default_rng(0).standard_normal((2, 5))
+    a, b = by_runs("e2e", x[: len(seeds)], seeds), by_runs("sequential", y[list(shared)], shared)
+    estimate = claims.difference(a, b, "accuracy")
+    paired = len(shared) == 4
+    test = stats.ttest_rel(y[list(shared)], x[list(shared)]) if paired else None
+    test = test or stats.ttest_ind(y[: len(shared)], x[: len(seeds)], equal_var=False)
+    interval = test.confidence_interval(0.95)
+    low, high = estimate.value - estimate.margin(), estimate.value + estimate.margin()
+    assert (low, high) == pytest.approx(tuple(interval), abs=2e-3)
+    assert claims.test_name(a, b) == ("paired t" if paired else "Welch's t")
+
+
+def test_errors_of_seeds_and_clips_add_up_and_many_parts_need_wider_intervals():
+    seeds, clips_of_seeds = (
+        [np.array([1.0, 2, 4]), -np.array([0.0, 1, 1, 3])],
+        [np.zeros((3, 2)), np.ones((4, 2))],
+    )
+    estimate = claims.sum_of_means(seeds, clips_of_seeds)  # test clips that all agree add no error
+    assert estimate == pytest.approx((7 / 3 - 5 / 4, 1.0833333, 3.8832087), rel=1e-6)
+    clips_of_seeds[0][:] = [0, 2]
+    assert claims.sum_of_means(seeds, clips_of_seeds).error == pytest.approx((1.0833333**2 + 1) ** 0.5)
+    far = claims.Part(claims.Estimate(0.33, 0.01, 4), -math.inf, 0.3, "", "")  # its interval ends at .302
+    near = claims.Part(claims.Estimate(0.0, 0.01, 4), -math.inf, 0.3, "", "")
+    assert [claims.verdict(parts) for parts in ([near], [far])] == ["confirmed", "refuted"]
+    assert claims.verdict([near, far]) == "cannot tell"  # the interval of one of two is wider
+
+
+def test_late_blocks_are_compared_over_the_seeds_of_all_groups():
+    one, two = (
+        by_runs("simultaneous", [9.0, 1.0, 2.0], (0, 1, 2)),
+        by_runs("sequential", [3.0, 4.0, 9.0], (1, 2, 3)),
+    )
+    _, cka = claims.saturation([one, two])
+    assert cka.estimate[:2] == pytest.approx((2.5, 0.5))  # of (1 + 3) / 2 and (2 + 4) / 2
+    assert claims.verdict(claims.saturation([one, two.only([3])._replace(seeds=(7,))])) == "cannot tell"
+    assert claims.saturation([one.only([0]), two]) and not claims.saturation([])
+
+
+def test_claims_follow_the_numbers():
+    rng, difficulty = np.random.default_rng(0), np.random.default_rng(1).standard_normal(5000)
+
+    def group(regime, profile, **more):
+        return made_up(regime, profile, rng, difficulty, **{"sd": 0.001} | more)
+
+    def found(*groups):  # without C7, of which these have one K only
+        return {claim[:2]: verdict for claim, verdict in verdicts(groups).items() if "C7" not in claim}
+
+    rises, mixed = [0.4, 0.5, 0.54, 0.54], {"similarity": 0.3, "drop": 0.5}
+    e2e = group("e2e", [0.3, 0.4, 0.5, 0.55], similarity=0.2, drop=0.3)
+    good = [group(regime, rises, **mixed) for regime in ("simultaneous", "sequential")]
+    assert set(found(e2e, *good).values()) == {"confirmed"}
+    [part] = claims.claims([e2e, *good])["C3 high-level targets are decodable earlier"]
+    assert "block 1 of simultaneous-4" in part.words  # that of sequential training is the same one
+    bad = group("simultaneous", [0.2, 0.2, 0.2, 0.4], similarity=0.1, drop=0.1, cka=0.5)
+    answers = found(e2e, bad)
+    assert answers.pop("C2") == "nothing to compare" and set(answers.values()) == {"refuted"}
+    assert found(bad, good[1])["C2"] == "refuted"
+    assert (
+        found(group("simultaneous", [0.4, 0.5, 0.7, 0.55]))["C4"] == "refuted"
+    )  # a last block that loses much
+    deep = group("e2e", [0.1, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5])
+    [part] = claims.claims([deep, good[0]])["C3 high-level targets are decodable earlier"]
+    assert re.search(r"change \+(9\.\d|10\.\d) ± .* points", part.words)  # after the same layer: .4 and .3
+    [part] = claims.claims([e2e, bad])["C1 blockwise training ends close to end-to-end"]
+    assert re.search(r"0\.55., simultaneous-4 0\.40., change -1[45]\.\d .* points\): -3\d", part.words)
+    untaught = found(*(group(regime, [0.13] * 4) for regime in ("e2e", "simultaneous", "sequential")))
+    assert {untaught[claim] for claim in ("C1", "C2", "C4", "C5")} == {"cannot tell"}  # close, but to nothing
+    one_seed = group("simultaneous", rises, seeds=1)
+    assert {found(e2e, one_seed)[claim] for claim in ("C1", "C3", "C4", "C5", "C6")} == {
+        "one seed: cannot tell"
+    }
+    for other in (e2e._replace(regime="another"), e2e._replace(shared={"lr": 9})):
+        assert found(other, good[0])["C1"] == "nothing to compare"
+
+
+def test_finer_blocks_are_compared_as_in_the_paper_and_with_the_smallest_K():
+    rng, difficulty = np.random.default_rng(0), np.random.default_rng(1).standard_normal(5000)
+    ends = {2: 0.54, 4: 0.2, 6: 0.2}
+    groups = [made_up("simultaneous", [0.2] * (K - 1) + [end], rng, difficulty) for K, end in ends.items()]
+    paper, smallest = (answer for claim, answer in verdicts(groups).items() if "C7" in claim)
+    assert (paper, smallest) == ("confirmed", "refuted")
+
+
+def test_claims_read_what_analyze_writes(tmp_path):
+    assert "write them with analyze.py" in refused(claims, tmp_path)
+    run_of = {"K": 2, "depth": 2, "untrained": "untrained", "shared": {"lr": 1}}
+    groups, runs, arrays = {"e2e": [0.5, 0.6], "sequential": [0.4, 0.6]}, {}, {}
+    names = ("accuracy", "high-level accuracy", "low-level accuracy", "patch similarity", "OccDrop")
+    for regime, values in groups.items():
+        for seed in (1, 0):
+            by_name = {name: [value + seed / 100 for value in values] for name in names}
+            by_name |= {"linear CKA": [[1, 0.9], [0.9, 1]], "reconstruction loss": [None, 0.5]}
+            about = {"group": regime, "regime": regime, "seed": seed, "values": by_name}
+            runs[f"{regime}/{seed}"] = run_of | about
+            arrays |= {f"{regime}/{seed}/{name}": np.array([by_name[name]] * 9).T for name in names}
+    other = runs["e2e/0"] | {"group": "other", "shared": {"lr": 2}}
+    runs["other"], blank = other, {"K": 2, "depth": 2, "values": {name: [0.1, 0.1] for name in names}}
+    arrays |= {f"{title}/{name}": np.full((2, 9), 0.5) for title in ("other", "untrained") for name in names}
+    results = {"runs": runs, "untrained": {"untrained": blank}, "chance": {}}
+    (tmp_path / "analysis.json").write_text(json.dumps(results))
+    np.savez(tmp_path / "analysis.npz", **arrays)
+    text, _ = run(claims, tmp_path)
+    assert "other is not compared with e2e: they differ in lr\n" in text
+    assert "C1 blockwise training ends close to end-to-end: confirmed (Welch's t)\n" in text
+    file = json.loads((tmp_path / "claims.json").read_text())
+    assert len(file) == 8 and file["C2 sequential is like simultaneous"]["verdict"] == "nothing to compare"
+
+
+# ---- figures.py ----
+
+
+def results_of_runs(regimes=("e2e", "simultaneous", "mine"), Ks=(2, 4), labels=("class",)):
+    """The content of an analysis.json."""
+
+    def values(K, shift):
+        names = ["accuracy", "high-level accuracy", *(f"accuracy: {label}" for label in labels)]
+        names += [name for name in figures.LABELS]
+        rows = {name: [shift + k / K for k in range(1, K + 1)] for name in names}
+        return rows | {"linear CKA": np.full((K, K), 0.9).tolist()}
+
+    runs = {}
+    for i, (regime, K, seed) in enumerate(itertools.product(regimes, Ks, (0, 1))):
+        about = {"group": f"{regime}-{K}", "regime": regime, "K": K, "depth": 4, "seed": seed}
+        runs[f"{regime}-{K}-seed{seed}"] = about | {"values": values(K, i / 100)}
+    untrained = {f"untrained {K}": {"K": K, "depth": 4, "values": values(K, -0.1)} for K in Ks}
+    return {"runs": runs, "untrained": untrained, "chance": {"accuracy": 0.3}}
+
+
+def test_figures_are_written(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    assert "holds no analysis.json" in refused(figures, tmp_path)
+    (tmp_path / "analysis.json").write_text(json.dumps(results_of_runs(("e2e", "mine"), (2,))))
+    draws = {"entropy": [[0.5, 0.4]], "random": [[0.5, 0.3], [0.5, 0.2]]}
+    (tmp_path / "prune.json").write_text(json.dumps({"run": {"removed": [0, 1], "accuracy": draws}}))
+    run(figures, tmp_path)
+    names = ("figure2_probe", "figure3_loss", "figure4_cka", "figure5_tokens", "figure_prune")
+    expected = {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")}
+    assert {path.name for path in tmp_path.glob("figure*")} == expected
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in refused(figures, tmp_path)
+
+
+def test_every_regime_has_its_own_colour_and_every_line_its_words():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    regimes = [*REGIMES, "layerlock", "mine", "yours"]
+    assert len(set(figures.regime_colours(regimes).values())) == len(regimes)
+    analysis = results_of_runs(regimes=regimes)
+    groups = figures.read_groups(analysis)
+    assert len({(g.label, g.colour) for g in groups}) == len({g.colour for g in groups}) == len(groups)
+    assert figures.probe_panels(groups) == {
+        "accuracy: class": "linear probe: class"
+    }  # not three equal panels
+    axis = figures.pyplot().figure().add_subplot()
+    figures.draw_lines(axis, groups, analysis, "accuracy", "title")
+    words = axis.get_legend_handles_labels()[1]
+    assert words[-2:] == ["untrained", "chance"] and "simultaneous, K = 4" in words and axis.get_ylabel()
+    axis = figures.pyplot().figure().add_subplot()
+    draws = {name: [[0.5, 0.3], [0.5, 0.2]] for name in figures.RANKINGS}
+    figures.draw_pruning(axis, "run", {"removed": [0, 1], "accuracy": draws})
+    bands = [band.get_facecolor()[0][:3] for band in axis.collections]
+    to_rgb = figures.pyplot().matplotlib.colors.to_rgb
+    assert [tuple(band) for band in bands] == [to_rgb(line.get_color()) for line in axis.lines]
+    figures.pyplot().close("all")
