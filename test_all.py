@@ -1713,11 +1713,11 @@ def three_runs(tmp_path_factory):
 
 def nearest_mean(x, targets, test, **_):
     """In place of logistic_probe(), to be quick: -1 times the distance from the mean of every class."""
-    found = []
+    distances = []
     for y in targets.T:
         means = torch.stack([x[y == c].mean(dim=0) for c in range(int(y.max()) + 1)])
-        found.append(-torch.cdist(test, means).nan_to_num(torch.inf))
-    return found
+        distances.append(-torch.cdist(test, means).nan_to_num(torch.inf))
+    return distances
 
 
 def test_probe_tables_hold_runs_seeds_chance_and_baselines(three_runs, tmp_path, monkeypatch):
