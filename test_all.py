@@ -1907,6 +1907,18 @@ def test_whole_results_take_the_place_of_old_ones(tmp_path):
         assert not file.files  # both files are still the old ones
 
 
+def test_likely_mistakes_in_an_analysis_get_one_sentence(three_runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze, "extract", None)  # refused before the measurements
+    base = [three_runs / "sim-2", "--workers", 0]
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refused(analyze, *base, "--out", tmp_path / "file" / "x")
+    other = shutil.copytree(three_runs / "sim-2-seed1", tmp_path / "sim-2-seed5")
+    checkpoint = load(other)[1]
+    torch.save(checkpoint | {"settings": checkpoint["settings"] | {"lr": 0.5}}, other / "last.pt")
+    sentence = refused(analyze, other, *base, "--out", tmp_path / "out")
+    assert "sim-2-seed5 and sim-2 look like seeds of one run but differ in lr" in sentence
+
+
 def test_runs_share_settings_that_change_weights_only():
     settings = {"lr": 0.1, "seed": 0, "regime": "e2e", "out": "a", "workers": 1}
     checkpoint = {
