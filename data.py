@@ -601,26 +601,33 @@ def holds_picture(packet, stream):
 def all_frames(container, stream, *, limit=True):
     """Decoded frames in display order, up to the end of the file or the first damage after a good frame.
 
-    They end at damage because frames are missing there: no clip may cross it.
+    They end at damage because frames are missing there: no clip may cross it. After damage at the beginning they
+    start at the next key frame.
     limit: for one clip, no more than MAX_DECODED.
     """
-    most, good = MAX_DECODED // (stream.width * stream.height or 1) if limit else math.inf, False
+    most = MAX_DECODED // (stream.width * stream.height or 1) if limit else math.inf
+    good = wait = False
     for number, packet in enumerate(packets(container, stream)):
         if number > most:
             raise ValueError(f"one clip needs over {most} frames decoded; encode it with more key frames")
-        try:
-            frames = [] if packet.is_corrupt else stream.codec_context.decode(packet)
-            damaged = packet.is_corrupt
-        except av.FFmpegError:
-            frames, damaged = [], holds_picture(packet, stream)
+        frames, damaged = [], packet.is_corrupt
+        if not damaged:
+            try:
+                frames = stream.codec_context.decode(packet)
+            except av.FFmpegError:
+                damaged = holds_picture(packet, stream)
         for frame in frames:
-            if not frame.is_corrupt:
+            wait = wait and not frame.key_frame
+            if not wait and not frame.is_corrupt:
                 good = True
                 yield frame
             elif good:
                 return
         if damaged and good:
             return
+        if damaged:
+            stream.codec_context.flush_buffers()  # frames from before, which it holds back
+            wait = True
 
 
 def frames_from(container, stream, time, *, preroll):
