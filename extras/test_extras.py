@@ -27,7 +27,7 @@ import data
 import probe
 import train
 from blockwise import REGIMES, Blockwise, load, make_optimizers, save, train_step
-from extras import bench, claims, figures, gardener, graph, layerlock, pack, pipeline, videomae
+from extras import bench, claims, figures, finetune, gardener, graph, layerlock, pack, pipeline, videomae
 from model import SIZES, gather_tokens, normalized_targets, patchify, tube_mask
 from test_all import (
     FOLDER,
@@ -951,3 +951,130 @@ def test_every_regime_has_its_own_colour_and_every_line_its_words():
     to_rgb = figures.pyplot().matplotlib.colors.to_rgb
     assert [tuple(band) for band in bands] == [to_rgb(line.get_color()) for line in axis.lines]
     figures.pyplot().close("all")
+
+
+# ---- finetune.py ----
+
+
+@pytest.fixture
+def toy_run(tmp_path):
+    """The folder of a run with two blocks of two layers."""
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    save(folder / "last.pt", toy(), [], step=0, settings={"seed": 0, "stride": 1, "short": "repeat"})
+    return folder
+
+
+def fine_tuned(run_folder, *flags):
+    """(content of finetune.json, classifier, checkpoint) of a short fine-tuning on the colour of generated clips."""
+    out = run_folder.parent / "-".join(["out", *map(str, flags)])
+    few = ("--label", "colour", "--clips", 96, "--epochs", 1, "--batch", 8, "--lr", 3e-3, "--workers", 0)
+    run(finetune, run_folder, *few, *flags, "--out", out)
+    result = json.loads((out / "finetune.json").read_text())
+    return result, finetune.load_classifier(out)[0], load(out)[1]
+
+
+def test_fine_tuning_lowers_the_loss_and_its_files_hold_the_classifier_that_was_tested(toy_run):
+    result, classifier, _ = fine_tuned(toy_run, "--epochs", 3)
+    losses = [epoch["train_loss"] for epoch in result["epochs"]]
+    assert losses[2] < losses[0] - 0.1
+    source = data.Scenes("test", clips=32, video=TOY["video"])
+    video = torch.stack([torch.from_numpy(source.read(i)) for i in range(32)])
+    target = torch.tensor([source.targets(i)[0] for i in range(32)])
+    logits = classifier(video)
+    correct = (logits.argmax(dim=1) == target).double()
+    assert result["test"]["accuracy"] == correct.mean()
+    for number, name in enumerate(source.labels["colour"]):
+        of_class = correct[target == number]
+        assert result["test"]["classes"][name] == {"accuracy": of_class.mean(), "clips": len(of_class)}
+    norm, linear = classifier.head
+    x = classifier.encoder.encode(video)["block2"].mean(dim=1)
+    torch.testing.assert_close(logits, linear(F.layer_norm(x, [24], norm.weight, norm.bias, 1e-6)))
+
+
+def test_frozen_trains_the_classifier_alone_and_a_seed_decides_the_rest(toy_run):
+    before = finetune.cut_encoder(load(toy_run)[0], 2).state_dict()
+    assert not differing(before, fine_tuned(toy_run, "--frozen")[2]["model"])
+    trained = fine_tuned(toy_run)[2]["model"]
+    assert differing(before, trained) == set(before)
+    assert not differing(trained, fine_tuned(toy_run, "--device", "cpu")[2]["model"])  # the same seed
+    untrained = finetune.cut_encoder(toy(seed=1), 2).state_dict()
+    assert not differing(untrained, fine_tuned(toy_run, "--scratch", "--frozen", "--seed", 1)[2]["model"])
+
+
+def test_removed_layers_and_later_blocks_stay_removed(toy_run):
+    model, video = load(toy_run)[0], clips(2)
+    x, index = patchify(video, model.tubelet), torch.arange(32).expand(2, -1)
+    first, last = model.blocks["block1"], model.blocks["block2"]
+    by_hand = last.layers[1](first.layers[0](first.embedding(x, index)))
+    assert torch.equal(finetune.cut_encoder(model, 2, [3, 2]).encode(video)["block1"], by_hand)
+    _, classifier, checkpoint = fine_tuned(toy_run, "--remove", "2,3")
+    assert checkpoint["config"]["depth"] == len(finetune.encoder_layers(classifier.encoder)) == 2
+    cut = finetune.cut_encoder(model, 1).encode(video)
+    assert list(cut) == ["block1"] and torch.equal(cut["block1"], model.encode(video)["block1"])
+    assert list(fine_tuned(toy_run, "--block", 1)[1].encoder.blocks) == ["block1"]
+
+
+def test_the_learning_rate_falls_from_the_classifier_to_the_embedding():
+    classifier = finetune.Classifier(toy(output_norm=False, decoders=False), 3)
+    names = {p: name for name, p in classifier.named_parameters()}
+    scale, count = {}, 0
+    for group in finetune.parameter_groups(classifier, layer_decay=0.5, weight_decay=0.05):
+        for p in group["params"]:
+            assert group["weight_decay"] == (0.05 if p.ndim > 1 else 0)
+            scale[names[p]] = group["scale"]
+            count += 1
+    assert count == len(scale) == len(names)  # every parameter once
+    assert scale["head.0.weight"] == scale["head.1.bias"] == 1
+    layers = [f"encoder.blocks.block{k}.layers.{i}.qkv.weight" for k in (1, 2) for i in (0, 1)]
+    assert [scale[name] for name in layers] == [0.0625, 0.125, 0.25, 0.5]
+    assert scale["encoder.blocks.block1.embedding.linear.weight"] == 0.03125
+
+
+def test_fine_tuning_on_videos_tests_several_views_of_each(toy_run):
+    folder = write_copies(toy_run.parent / "videos", [f"{c}/{i}.mp4" for c in "ab" for i in range(3)])
+    (folder / "b" / "3.mp4").write_bytes(b"garbage")
+    (folder / "train.txt").write_text("a/0.mp4\na/1.mp4\nb/0.mp4\nb/1.mp4\n")
+    (folder / "test.txt").write_text("a/2.mp4\nb/2.mp4\nb/3.mp4\n")
+    lists = ("--data", folder, "--train-list", folder / "train.txt", "--test-list", folder / "test.txt")
+    few = ("--epochs", 1, "--batch", 2, "--workers", 0, "--views", 2)
+    run(finetune, toy_run, *lists, *few, "--out", toy_run.parent / "out")
+    result = json.loads((toy_run.parent / "out" / "finetune.json").read_text())
+    assert {name: x["clips"] for name, x in result["test"]["classes"].items()} == {"a": 1, "b": 1}
+    assert (result["settings"]["stride"], result["settings"]["short"]) == (1, "repeat")
+    videos = data.Videos(folder / "a", video=(4, 32, 32), stride=3, short="repeat")
+    views = finetune.Views(videos, 2)
+    for index, (number, start_at) in enumerate(itertools.product(range(3), (0.25, 0.75))):
+        path = folder / "a" / f"{number}.mp4"
+        assert views.name(index) == f"{number}.mp4" and len(views) == 6
+        assert np.array_equal(
+            views.read(index), data.read_clip(path, video=(4, 32, 32), stride=3, start=start_at)
+        )
+
+
+def test_refusals_of_finetune(toy_run):
+    folder = write_copies(toy_run.parent / "videos", ["a/0.mp4", "a/1.mp4", "b/0.mp4", "b/1.mp4"])
+    lists = {name: folder / f"{name}.txt" for name in ("both", "b", "a")}
+    for name, lines in (("both", "a/0.mp4\nb/0.mp4"), ("b", "b/0.mp4"), ("a", "a/1.mp4")):
+        lists[name].write_text(lines)
+
+    def videos(train, test):
+        return ["--data", folder, "--train-list", lists[train], "--test-list", lists[test]]
+
+    for arguments, sentence in (
+        (["--block", "3"], "blocks 1 to 2"),
+        (["--block", "1", "--remove", "3"], "layers 1 to 2"),
+        (["--label", "speed"], "choose from colour, shape"),
+        (["--views", "2"], "for videos"),
+        (["--data", folder], "need --train-list and --test-list"),
+        (videos("both", "b"), "1 videos are in both lists, as b/0.mp4"),
+        (videos("a", "both"), "All training clips have the class a"),
+        (["--out", toy_run], "is not empty"),
+    ):
+        out = [] if "--out" in arguments else ["--out", toy_run.parent / "out"]
+        assert sentence in refused(finetune, toy_run, *arguments, "--workers", "0", *out)
+    diverging = ("--epochs", 1, "--lr", 1e30, "--clips", 16, "--workers", 0, "--out", toy_run.parent / "out")
+    assert "is not finite; lower --lr" in run(finetune, toy_run, *diverging, code=2)[1]
+    (folder / "a.txt").write_text("a/1.mp4 a\na/0.mp4 b\n")
+    (folder / "b.txt").write_text("b/1.mp4 a\nb/0.mp4 c\n")
+    assert "No training clip has the class c" in refused(finetune, toy_run, *videos("a", "b"))
