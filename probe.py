@@ -305,11 +305,13 @@ class Run(NamedTuple):
 
 
 def load_runs(paths):
-    """Runs from their folders. Raises ValueError if they cannot stand in one table."""
+    """Runs from their folders, or snapshots of a run. Raises ValueError if they cannot stand in one table."""
     runs = []
     for path in map(Path, paths):
         title = (path.resolve().parent if path.is_file() else path.resolve()).name
-        run = Run(title, re.sub(r"-seed\d+$", "", title), *load(path))
+        snapshot = path.name.startswith("step_")  # kept by train.py --keep
+        title += f" {path.stem.replace('_', ' ')}" if snapshot else ""
+        run = Run(title, re.sub(r"-seed\d+(?= |$)", "", title), *load(path))
         for other in runs:
             if title == other.title:
                 raise ValueError(f"Two runs are called {title}; rename one of them.")
@@ -318,7 +320,7 @@ def load_runs(paths):
             if (run.group, run.seed) == (other.group, other.seed):
                 raise ValueError(f"{other.title} and {title} both have seed {run.seed}; rename one of them.")
         step, total = run.checkpoint["step"], run.checkpoint.get("total", 0)
-        if step < total:
+        if step < total and not snapshot:
             print(f"{title} is not finished: step {step} of {total}")
         runs.append(run)
     return runs

@@ -1222,7 +1222,8 @@ def test_init_copies_the_encoder_at_any_K_and_keep_keeps_its_snapshots(finished,
     )
     model = train.set_up(config, given)[1]
     assert torch.equal(model.encode(video)["block6"], old.encode(video)["block4"])
-    assert load(tmp_path / "e2e" / "step_000002.pt")[1]["step"] == 2
+    first, last = probe.load_runs(sorted((tmp_path / "e2e").glob("step_*.pt")))
+    assert (first.title, last.group, last.checkpoint["step"]) == ("e2e step 000001", "e2e step 000002", 2)
     assert not torch.equal(new.encode(video)["block12"], old.encode(video)["block4"])
     first, last = log_lines(tmp_path / "e2e")[0], log_lines(finished)[-1]
     assert first["loss"]["block12"] == pytest.approx(
