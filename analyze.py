@@ -285,10 +285,10 @@ def geometry(x):
 
 # ---- results: analysis.json, analysis.npz and tables ----
 
-# Settings that two compared runs need not share: the regime and K are compared, the others change no weight.
-# frames and pixels are in the model's config; the clips' fingerprint stands for data and list.
+# Settings that two compared runs need not share. Regime and K are what is compared, seeds are averaged over, the
+# clips' fingerprint stands for data and list, the model's config for frames and pixels; others say where a run ran.
 NOT_SHARED = {"regime", "blocks", "seed", "frames", "pixels", "data", "list", "eval_list", "out", "resume"}
-NOT_SHARED |= {"device", "workers", "compile", "graph", "decoder_slices", "keep"}
+NOT_SHARED |= {"device", "workers", "compile", "decoder_slices", "keep"}
 
 
 def shared_settings(run):
@@ -310,9 +310,9 @@ def check_groups(runs):
             {"regime": r.regime, "K": r.model.config["blocks"]} | shared_settings(r) for r in (other, run)
         )
         if names := [name for name in sorted(a | b) if a.get(name) != b.get(name)]:
-            both = f"{other.title} and {run.title}"
+            titles = f"{other.title} and {run.title}"
             raise ValueError(
-                f"{both} look like seeds of one run but differ in {', '.join(names)}; rename one."
+                f"{titles} look like seeds of one run but differ in {', '.join(names)}; rename one."
             )
 
 
@@ -374,7 +374,7 @@ def print_tables(analysis):
 # ---- command line ----
 
 
-def flags():
+def build_parser():
     """The command line of this script."""
     flags = parser(__doc__)
     flags.add_argument("--out", default="runs/analysis", help="folder of the results [runs/analysis]")
@@ -384,7 +384,7 @@ def flags():
 @user_errors()
 def main(arguments=None):
     """Write analysis.json and analysis.npz, then print the tables."""
-    args = flags().parse_args(arguments)
+    args = build_parser().parse_args(arguments)
     args.device = pick_device(args.device)
     keep_freed_memory()
     folder, runs = Path(args.out), load_runs(args.runs)

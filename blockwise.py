@@ -66,7 +66,7 @@ def train_step(
     target = normalized_targets(gather_tokens(patches, masked))[0]  # (B, M, P)
     h = gather_tokens(patches, visible)  # (B, V, P)
     for group, optimizer in zip(model.groups, optimizers):
-        h = h.detach()  # stop-gradient: h_k = f_k(sg(h_{k-1}))
+        h = h.detach()  # stop-gradient: h_k = f_k(sg(h_{k-1})); e2e has one group, and no gradient to stop
         frozen, outputs, gradients = optimizer is None, [], []
         for name in group:
             with torch.set_grad_enabled(not frozen), autocast(h, dtype):
@@ -77,7 +77,8 @@ def train_step(
                 losses[name], gradient = decoder_backward(
                     decoder, h, visible, masked, target, slices=slices, dtype=dtype
                 )
-                outputs, gradients = [*outputs, h], [*gradients, gradient]
+                outputs.append(h)
+                gradients.append(gradient)
         if not frozen:
             torch.autograd.backward(outputs, gradients)  # at once: this graph is gone before the next one
             norms |= optimizer_step(model, group, optimizer, grad_clip=grad_clip, reduce=reduce)
@@ -206,6 +207,7 @@ class Blockwise(nn.Module):
         decoders=True,
     ):
         super().__init__()
+        # The arguments; no other local variable may stand above.
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         check_sizes(self.config)
         self.video, self.tubelet = tuple(video), tuple(tubelet)
@@ -247,9 +249,11 @@ class Blockwise(nn.Module):
         return len(self.groups) if REGIMES[self.config["regime"]].staged else 1
 
     def patches(self, video):
-        """Tubelets (B, N, P) of clips (B, T, H, W, C). Raises ValueError if their size is not the model's."""
+        """Tubelets (B, N, P) of clips (B, T, H, W, C), uint8 or float in 0..1. Raises ValueError for other clips."""
         if tuple(video.shape[1:4]) != self.video:
             raise ValueError(f"Clips of {tuple(video.shape[1:4])} for a model of (T, H, W) = {self.video}.")
+        if video.is_floating_point() and video.max() > 1:
+            raise ValueError(f"Float clips must be in 0..1, not up to {video.max():.3g}; divide them by 255.")
         return patchify(video, self.tubelet)
 
     def encode(self, video):
@@ -279,7 +283,7 @@ class Blockwise(nn.Module):
 
 
 def check_sizes(config):
-    """ValueError with the fix, if the arguments of Blockwise do not fit together."""
+    """Raise ValueError with the fix if the arguments of Blockwise do not fit together."""
     blocks, depth, regime = config["blocks"], config["depth"], config["regime"]
     if regime not in REGIMES:
         raise ValueError(f"There is no regime {regime!r}; choose from {', '.join(REGIMES)}.")
@@ -306,7 +310,7 @@ def count_parameters(model):
 
 
 def objective():
-    """A number that differs if local_loss() or normalized_targets() differ, so that runs can be told apart."""
+    """A number that changes with local_loss() and normalized_targets(): runs with others are not compared."""
     noise = torch.rand(2, 4, 96, generator=torch.Generator().manual_seed(0))
     return round(local_loss(noise, normalized_targets(noise)[0]).item(), 4)
 
@@ -315,7 +319,7 @@ def save(path, model, optimizers, *, step, settings, data="", total=0):
     """Write a checkpoint after `step` of `total` steps.
 
     settings: a dict of builtins. data: a fingerprint of the clips that the run is trained on.
-    The file is written beside the old one and then takes its place: a kill at any moment leaves a good one.
+    A new file is written and then takes the place of the old one: a kill at any moment leaves a whole file.
     """
     checkpoint = {
         "config": model.config,  # arguments of Blockwise

@@ -24,6 +24,7 @@ import signal
 import stat
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -87,7 +88,7 @@ class Scenes:
         self.split = ("train", "test").index(split)
         self.clips, self.video, self.seed, self.labels = clips, tuple(video), seed, SCENE_LABELS
         self.combinations = list(itertools.product(*SCENE_LABELS.values()))
-        self.fingerprint = f"scenes {clips}"
+        self.fingerprint = f"scenes {clips} {seed}"
 
     def __len__(self):
         return self.clips
@@ -845,13 +846,13 @@ class Loader(DataLoader):
             )
 
 
-def train_loader(source, *, batch, first=0, last, seed=0, workers=0, part=0, parts=1, pin_memory=False):
+def train_loader(source, *, batch, first=0, last, seed=0, workers=0, rank=0, world_size=1, pin_memory=False):
     """Batches of training steps first..last-1, the same for any first and any number of workers.
 
-    part, parts: read only this one of equal parts of every batch, for several processes.
+    rank, world_size: read only the part of every batch that belongs to one of several processes.
     """
-    size = batch // parts
-    starts = range(first * batch + part * size, last * batch, batch)
+    size = batch // world_size
+    starts = range(first * batch + rank * size, last * batch, batch)
     indices = [range(start, start + size) for start in starts]
     loader_kwargs = {"num_workers": workers, "worker_init_fn": ignore_signals, "pin_memory": pin_memory}
     return Loader(TrainDataset(source, seed), batch_sampler=indices, collate_fn=collate, **loader_kwargs)
@@ -909,14 +910,17 @@ def check_writable(path, folder=False):
         raise ValueError(f"{path} cannot be written ({error_reason(error)}); name another place.") from None
 
 
-def is_sentence(error):
-    """Whether an error is a sentence for the user: a ValueError of this project, which ends with a full stop."""
-    return isinstance(error, ValueError) and str(error).endswith(".")
+def is_user_error(error):
+    """Whether this project itself has raised a ValueError: its text tells the user what to mend."""
+    if not isinstance(error, ValueError):
+        return False
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return frame.line.startswith("raise ValueError") and Path(__file__).parent in Path(frame.filename).parents
 
 
 @contextlib.contextmanager
 def user_errors():
-    """Around the main() of every program: a sentence for the user is printed, exit code 2."""
+    """Around the main() of every program: an error of the user's is printed as one sentence, exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a console may lack the letters of a file's name
@@ -924,7 +928,7 @@ def user_errors():
         yield
         sys.stdout.flush()
     except ValueError as error:
-        if not is_sentence(error):
+        if not is_user_error(error):
             raise
         if os.environ.get("RANK", "0") != "0":  # torchrun's process 0 says the same, which ends this one
             time.sleep(2)

@@ -439,7 +439,7 @@ def spread(values):
     return mean if len(values) == 1 else f"{mean} ±{np.std(values, ddof=1):.3f}"
 
 
-def flags():
+def build_parser():
     """The command line of this program."""
     result, k_help = parser(__doc__), "neighbours of k-NN, at most the clips per class [20]"
     result.add_argument("--k", type=positive_int, default=20, help=k_help)
@@ -455,7 +455,7 @@ def main(arguments=None, *, sources=None):
 
     sources: [(source, indices)], clips of your own in place of --data: one source, or one to fit and one to test.
     """
-    args = flags().parse_args(arguments)
+    args = build_parser().parse_args(arguments)
     data.keep_freed_memory()
     device = data.pick_device(args.device)
     for path, suffix in ((args.json, ".json"), (args.features, ".npz")):

@@ -1821,7 +1821,9 @@ def test_a_run_on_videos_is_probed_on_its_own_videos(folder, tmp_path, capsys, m
     def open_data(*flags, **changes):
         checkpoint = {"settings": settings | changes}
         own = SimpleNamespace(title="mine", model=SimpleNamespace(video=(8, 16, 16)), checkpoint=checkpoint)
-        sources = [source for source, _ in probe.open_data(probe.flags().parse_args(["RUN", *flags]), own)]
+        sources = [
+            source for source, _ in probe.open_data(probe.build_parser().parse_args(["RUN", *flags]), own)
+        ]
         return sources, capsys.readouterr().out
 
     [source], text = open_data()
@@ -1985,9 +1987,9 @@ def test_the_commands_in_the_readme_exist():
 
     for command in commands("train"):
         train.parse(train.Config, "", command)  # exits on what it does not know
-    for script, flags in (("probe", probe.flags), ("analyze", analyze.flags)):
+    for script, flags in (("probe", probe.build_parser), ("analyze", analyze.build_parser)):
         for command in commands(script):
-            flags().parse_args(command)
+            build_parser().parse_args(command)
 
 
 def test_the_files_name_nothing_beyond_the_core():

@@ -54,7 +54,7 @@ RECIPES = {
     "small": {"epochs": 300, "batch": 128, "lr": 1e-4},
     "base": {"epochs": 300, "batch": 128, "lr": 1e-4},
 }
-EVAL_CLIPS = 32  # that eval_loss and the pictures are of
+EVAL_CLIPS = 32  # used for eval_loss and the pictures
 SAVE_SECONDS = 60  # between checkpoints
 
 MANUAL = """
@@ -62,7 +62,7 @@ What a run writes into its folder:
   config.json   all settings
   log.jsonl     a line every few steps: step, epoch, lr, and by block loss and grad_norm of this batch (the
                 gradient norm of a block and its decoder); at step 1 and ten times more also eval_loss, the
-                loss by block on fixed clips (eval_clips: of which), mean_loss, what predicting the target's
+                loss by block on fixed clips (eval_clips says which; in fp32, all masked tokens), mean_loss, what predicting the target's
                 mean everywhere gives, and features: std over clips and effective_rank after the last block
                 that trains, which fall if the representation collapses; clips_per_s; wait, the share of time
                 spent waiting for clips; memory_mb, the most memory used so far (of the GPU if there is one)
@@ -95,7 +95,9 @@ class Config:
     program: ClassVar[str] = "train.py"
 
     size: Literal[tuple(SIZES)] = option("nano", "model: tiny and small are the paper's, nano suits a laptop")
-    blocks: int = option(4, "K, blocks of the encoder; in e2e only where it is read", least=1, most=1000)
+    blocks: int = option(
+        4, "K, blocks of the encoder; in e2e: places where features are read", least=1, most=1000
+    )
     regime: Literal[tuple(REGIMES)] = option("simultaneous", "which loss trains which block (Sec. 3.1)")
     decoder_depth: int | None = option(None, "layers of each local decoder (paper: 4; nano: 1)", least=1)
     frames: int | None = option(None, "frames of a clip (paper: 16)", least=1)
@@ -104,7 +106,9 @@ class Config:
         None, "frames, rows, columns of one token (paper: 8 16 16; nano: 8 8 8)", least=1
     )
     mask: float = option(0.9, "share of the tubes that is masked", above=0, below=1)
-    decode_ratio: float = option(1.0, "share of the masked tokens to predict, at random", above=0, most=1)
+    decode_ratio: float = option(
+        1.0, "share of the masked tokens to predict in training, at random", above=0, most=1
+    )
 
     data: str | None = option(None, "folder of videos; without it, clips are generated")
     list: str | None = option(None, "file of lines `path [label]`, relative to --data: train on these only")
@@ -210,11 +214,11 @@ def check_limits(name, value, *, least=-math.inf, most=math.inf, above=-math.inf
 # ---- the start of a run ----
 
 
-def set_up(config, given, source=None, parts=None):
+def set_up(config, given, source=None, world_size=None):
     """All that comes before training: (config, model, source, checkpoint or None).
 
-    source: clips of your own in place of --data, see data.py. parts: that every batch is cut into, one for each
-    process if None. Raises ValueError, one sentence with the fix.
+    source: clips of your own in place of --data, see data.py. world_size: processes that share a batch,
+    those of torchrun if None. Raises ValueError, one sentence with the fix.
     """
     config.out, model, checkpoint = config.out or config.folder(), None, None
     if config.resume:
@@ -226,7 +230,7 @@ def set_up(config, given, source=None, parts=None):
     for name in ("list", "eval_list", "stride", "short"):
         if name in given and not config.data:
             raise ValueError(f"{flag(name)} is for videos; leave it out, or name their folder with --data.")
-    resolve_defaults(config, parts or int(os.environ.get("WORLD_SIZE", "1")))
+    resolve_defaults(config, world_size or int(os.environ.get("WORLD_SIZE", "1")))
     if model is None:
         torch.manual_seed(config.seed)
         model = Blockwise(**config.model_arguments())
@@ -262,7 +266,7 @@ def resume(config, given):
     return type(config)(**settings), model, checkpoint
 
 
-def resolve_defaults(config, parts=1):
+def resolve_defaults(config, world_size=1):
     """Fill in the settings that were left open: device, dtype, workers, the recipe of the size."""
     config.device = data.pick_device(config.device)
     if config.device == "cuda" and "LOCAL_RANK" in os.environ:  # of torchrun
@@ -282,10 +286,10 @@ def resolve_defaults(config, parts=1):
             setattr(config, name, value)
     if config.min_lr > config.lr:
         raise ValueError(f"--min-lr {config.min_lr} is more than --lr {config.lr}; lower it.")
-    if config.batch % parts:
-        raise ValueError(f"{parts} processes cannot share {config.batch} clips equally; change --batch.")
+    if config.batch % world_size:
+        raise ValueError(f"{world_size} processes cannot share {config.batch} clips equally; change --batch.")
     if config.decoder_slices is None:
-        config.decoder_slices = default_slices(config.batch // parts, config.device)
+        config.decoder_slices = default_slices(config.batch // world_size, config.device)
 
 
 def default_slices(clips, device):
@@ -417,7 +421,7 @@ def train(config, model, source, checkpoint=None, step_function=None):
         for part in [*model.blocks.values(), *model.decoders.values()]:
             part.compile()
 
-    loader_settings = {"workers": config.workers, "part": rank, "parts": world_size, "pin_memory": cuda}
+    loader_settings = {"workers": config.workers, "rank": rank, "world_size": world_size, "pin_memory": cuda}
     batches = data.train_loader(
         source, batch=config.batch, first=step, last=total, seed=config.seed, **loader_settings
     )
@@ -473,45 +477,44 @@ def train(config, model, source, checkpoint=None, step_function=None):
                 dist.all_reduce(signalled, op=dist.ReduceOp.MAX)
                 stopping = bool(signalled)
 
-            # Numbers: on a GPU, looking at one waits for it.
+            # What is due after this step. Looking at a number waits for a GPU, so only then.
             last_step = step == total or stopping
             should_evaluate = last_step or step == 1 or step % max(1, total // 10) == 0
             should_log = should_evaluate or step % min(50, max(1, total // 100)) == 0
-            if should_log or config.device == "cpu":
+            should_save = is_main and (last_step or time.monotonic() - last_save > SAVE_SECONDS)
+            if should_log or should_save or config.device == "cpu":
                 losses, norms = ({name: x.item() for name, x in values.items()} for values in (losses, norms))
                 check_finite(losses, norms, step, [source.name(index) for index in batch["index"]])
-            if not should_log:
-                continue
-            if distributed:  # losses of the whole batch
+            if should_log and distributed:  # losses of the whole batch
                 means = torch.tensor(list(losses.values()), dtype=torch.float64)
                 average([means])
                 losses = dict(zip(losses, means.tolist()))
-            if not is_main:
-                continue
 
             # Log and picture.
-            now = time.perf_counter()
-            record = {"step": step, "epoch": round(step * config.batch / len(source), 4)}
-            record |= {"lr": optimizers[-1].param_groups[0]["lr"], "loss": losses, "grad_norm": norms}
-            speed = config.batch * (step - last_log_step) / (now - last_log)
-            record |= {"clips_per_s": round(speed, 1), "wait": round(waited / (now - last_log), 4)}
-            record["memory_mb"] = round(peak_memory())
-            if should_evaluate:
-                trained = [name for group in model.groups[: len(optimizers)] for name in group]
-                record |= evaluate(model, clips, out / f"recon_{step:06d}.png", trained)
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            if should_evaluate and config.keep:
-                save(out / f"step_{step:06d}.pt", model, [], step=step, **saved)
+            if should_log and is_main:
+                now = time.perf_counter()
+                record = {"step": step, "epoch": round(step * config.batch / len(source), 4)}
+                record |= {"lr": optimizers[-1].param_groups[0]["lr"], "loss": losses, "grad_norm": norms}
+                speed = config.batch * (step - last_log_step) / (now - last_log)
+                record |= {"clips_per_s": round(speed, 1), "wait": round(waited / (now - last_log), 4)}
+                record["memory_mb"] = round(peak_memory())
+                if should_evaluate:
+                    trained = [name for group in model.groups[: len(optimizers)] for name in group]
+                    record |= evaluate(model, clips, out / f"recon_{step:06d}.png", trained)
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                last_log, last_log_step, waited = time.perf_counter(), step, 0.0
 
-            # Checkpoint, after the log, and before anything is printed.
-            if last_step or time.monotonic() - last_save > SAVE_SECONDS:
+            # Checkpoint: after the log, before anything is printed.
+            if should_save:
                 save(out / "last.pt", model, optimizers, step=step, **saved)
                 last_save = time.monotonic()
-            bar.set_postfix_str("loss " + " ".join(f"{loss:.3f}" for loss in losses.values()))
-            if should_evaluate:
+            if should_evaluate and is_main:
+                if config.keep:
+                    save(out / f"step_{step:06d}.pt", model, [], step=step, **saved)
                 bar.write(summary_line(record))
-            last_log, last_log_step, waited = time.perf_counter(), step, 0.0
+            if should_log:
+                bar.set_postfix_str("loss " + " ".join(f"{loss:.3f}" for loss in losses.values()))
 
     # The end.
     if distributed:
@@ -530,12 +533,12 @@ def train(config, model, source, checkpoint=None, step_function=None):
 
 
 def check_finite(losses, norms, step, clips):
-    """FloatingPointError that names the block, if a loss or gradient norm is not finite."""
+    """Raise FloatingPointError if a loss or gradient norm is not finite."""
     for name, norm in norms.items():
         loss = losses.get(name, 0.0)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
-                f"{name} is not finite at step {step}: loss {loss}, gradient norm {norm}, clips "
+                f"{name} is not finite at step {step} or before: loss {loss}, gradient norm {norm}, clips "
                 f"{', '.join(clips)}. Start anew with a lower --lr, --grad-clip 1 or --dtype fp32."
             )
 
@@ -596,23 +599,23 @@ def eval_clips(config, model, source):
 
 @torch.no_grad()
 def evaluate(model, clips, path, trained):
-    """What the log says of fixed clips, which a picture at `path` shows. trained: names of the blocks to show.
+    """What the log says of fixed clips; the middle one is drawn into the file `path`. trained: block names.
 
     Returns eval_loss by block ({} if decoders predict something else than pixels), eval_clips, mean_loss (of
     predicting the target's mean everywhere) and features, after the last of these blocks: their standard
     deviation over clips, mean over dimensions, and effective rank. Both fall when a representation collapses.
     """
-    video, visible, masked, name = clips
+    video, visible, masked, clips_name = clips
     x = model.encode(video)[trained[-1]].mean(dim=1).cpu()  # (B, D)
     if not torch.isfinite(x).all():
         raise FloatingPointError(
             "The features are not finite. Start anew with a lower --lr or --grad-clip 1."
         )
-    share = torch.linalg.svdvals(x.double() - x.double().mean(dim=0)).square()
-    share = (share / share.sum()).nan_to_num()
+    eigenvalues = torch.linalg.svdvals(x.double() - x.double().mean(dim=0)).square()
+    p = (eigenvalues / eigenvalues.sum()).nan_to_num()
     features = {
         "std": x.std(dim=0, correction=min(1, len(x) - 1)).mean().item(),  # 0 for a single clip
-        "effective_rank": torch.special.entr(share).sum().exp().item(),
+        "effective_rank": torch.special.entr(p).sum().exp().item(),
     }
     patches = gather_tokens(model.patches(video), masked)  # (B, M, P)
     target, mean, std = normalized_targets(patches)
@@ -620,7 +623,7 @@ def evaluate(model, clips, path, trained):
     predictions = model.reconstruct(video, visible, masked)
     predictions = {name: predictions[name] for name in trained if name in predictions}
     losses = {name: local_loss(prediction, target).item() for name, prediction in predictions.items()}
-    record = {"eval_loss": losses, "eval_clips": name, "mean_loss": mean_loss, "features": features}
+    record = {"eval_loss": losses, "eval_clips": clips_name, "mean_loss": mean_loss, "features": features}
     if predictions:
         rows = picture_rows(model, clips, predictions, target, mean, std, record)
         write_picture(path, tile(rows))
@@ -699,7 +702,7 @@ def write_picture(path, image):
 
 
 def next_command(config, source):
-    """What to do with a finished run."""
+    """The next command, for a finished run."""
     command = ["python", "probe.py", config.out]
     if config.list:
         command += ["--train-list", config.list, "--test-list", config.eval_list or "LIST"]
@@ -740,7 +743,7 @@ def error_hint(config):
         with contextlib.redirect_stdout(Screen(sys.stdout)), contextlib.redirect_stderr(Screen(sys.stderr)):
             yield
     except Exception as error:
-        if data.is_sentence(error):
+        if data.is_user_error(error):
             raise
         traceback.print_exc()
         if (Path(config.out) / "last.pt").is_file():

@@ -213,7 +213,9 @@ def main(arguments=None):
     """Train as the command line says."""
     data.keep_freed_memory()
     config, given = train.parse(train.Config, __doc__, arguments)
-    config, model, source, checkpoint = train.set_up(config, given, parts=1)  # every process: whole batches
+    config, model, source, checkpoint = train.set_up(
+        config, given, world_size=1
+    )  # every process: whole batches
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if config.regime != "simultaneous" or config.blocks == 1 or config.compile:
         raise ValueError("extras.pipeline is for --regime simultaneous, K > 1 and no --compile.")
