@@ -818,6 +818,7 @@ class Loader(DataLoader):
         try:
             return super().__iter__()
         except OSError as error:
+            sys.unraisablehook = lambda _: None  # torch's half-built iterator cannot be deleted without noise
             raise ValueError(
                 f"{self.num_workers} workers cannot be started ({error_reason(error)}); use fewer, as --workers 1 or 0."
             ) from None
@@ -937,4 +938,3 @@ def end_workers():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
     for worker in workers:
         worker.kill()
-        worker.join()
