@@ -333,29 +333,22 @@ class Videos:
         self.stride, self.short = stride, short
         if not str(folder) or not self.folder.is_dir():
             raise ValueError(f"{folder or 'An empty name'} is not a folder of videos.")
-        if list_file is None:
-            labels = dict.fromkeys(video_files(self.folder))
-        else:
-            labels = read_list(list_file, self.folder)
-        if not labels:
-            place = self.folder if list_file is None else list_file
-            raise ValueError(f"No videos in {place}; known extensions: {EXTENSIONS.replace('|', ' ')}.")
+        labels = (
+            dict.fromkeys(video_files(self.folder)) if not list_file else read_list(list_file, self.folder)
+        )
         paired = read_list(paired_list, self.folder) if paired_list else {}
+        if not labels:
+            extensions = EXTENSIONS.replace("|", " ")
+            raise ValueError(f"No videos in {list_file or self.folder}; known extensions: {extensions}.")
         if not all([*labels.values(), *paired.values()]):
             labels = {path: Path(path).parent.name or self.folder.resolve().name for path in labels}
         counts = frame_counts(self.folder, list(labels))
         least = 1 if short == "repeat" else self.video[0] * stride
-        good = {path for path, count in counts.items() if isinstance(count, int) and count >= least}
-        self.files = [(path, label) for path, label in labels.items() if path in good]
+        left_out = {path: n for path, n in counts.items() if not isinstance(n, int) or n < least}
+        self.files = [(path, label) for path, label in labels.items() if path not in left_out]
         self.total, self.broken, self.too_short = len(labels), {}, {}
-        left_out = {path: count for path, count in counts.items() if path not in good}
-        try:
-            skipped = Skipped(self)
-            skipped.update({"skipped": left_out, "missing": not self.files})
-        except ValueError:
-            if list_file is not None:
-                check_lines(list_file, self.folder)
-            raise
+        skipped = Skipped(self)
+        skipped.update({"skipped": left_out, "missing": not self.files})
         self.broken, self.too_short = skipped.broken, skipped.too_short
         names = {label for _, label in self.files}
         numbers = all(map(str.isdecimal, names))
@@ -424,8 +417,8 @@ def video_files(folder):
     return [path.as_posix() for path in sorted(paths)]
 
 
-def list_lines(list_file):
-    """[(line number, path, label or None)] of a list file, one `path [label]` per line."""
+def read_list(list_file, folder):
+    """{path relative to folder: label or None} of a list file; a video with several spellings counts once."""
     try:
         text = Path(list_file).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
@@ -433,31 +426,21 @@ def list_lines(list_file):
     if "\0" in text:
         raise ValueError(f"Cannot read the list {list_file}: it is no text in UTF-8; save it as such.")
     entry = re.compile(rf"(.*\.(?:{EXTENSIONS}))(?:\s+(.*))?", re.IGNORECASE)
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    matches = [(number, line, entry.fullmatch(line)) for number, line in lines]
-    return [(number, *(match.groups() if match else (line, None))) for number, line, match in matches]
-
-
-def read_list(list_file, folder):
-    """{path relative to folder: label or None} of a list file; each video once, whatever its spelling."""
-    root, paths, labels = Path(os.path.abspath(folder)), {}, {}
-    for _, name, label in list_lines(list_file):
-        path = Path(name)
-        path = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
-        path = paths.setdefault(os.path.realpath(root / path), path)
+    root, spellings, labels, missing = Path(os.path.abspath(folder)), {}, {}, []
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+        if not line:
+            continue
+        name, label = match.groups() if (match := entry.fullmatch(line)) else (line, None)
+        path = Path(name).relative_to(root) if Path(name).is_relative_to(root) else Path(name)
+        path = spellings.setdefault(os.path.realpath(root / path), path.as_posix())
         if labels.setdefault(path, label) != label:
             raise ValueError(f"{list_file} names {path} with several labels; keep one of them.")
+        if not os.path.lexists(root / path):
+            missing.append(f"line {number}: no such file: {folder}/{path}")
+    if len(missing) > MAX_BROKEN * len(labels):
+        comma = ", with a blank (no comma) before the label" if "," in missing[0] else ""
+        raise ValueError(f"{list_file}, {missing[0]}; a line is `path [label]`{comma}.")
     return labels
-
-
-def check_lines(list_file, folder):
-    """ValueError if a line of a list names no file."""
-    for number, path, _ in list_lines(list_file):
-        if not (folder / path).exists():
-            comma = ", with a blank (no comma) before the label" if "," in path else ""
-            raise ValueError(
-                f"{list_file}, line {number}: no such file: {folder / path}; a line is `path [label]`{comma}."
-            ) from None
 
 
 def frame_counts(folder, paths):
@@ -476,27 +459,21 @@ def frame_counts(folder, paths):
 
 
 class Skipped:
-    """The clips that a run has skipped: `broken` {name: reason} and `too_short` {name: frames}.
-
-    Starts with those that a source left out. update() adds those of a batch.
-    """
+    """The skipped clips of a run: `broken` {name: reason}, `too_short` {name: frames}; at first, the source's."""
 
     def __init__(self, source):
         self.source, self.total = source, getattr(source, "total", len(source))
-        self.broken, self.too_short = (dict(getattr(source, kind, {})) for kind in ("broken", "too_short"))
+        self.broken, self.too_short = {**getattr(source, "broken", {})}, {**getattr(source, "too_short", {})}
 
     def update(self, batch):
-        """Add the skipped clips of a batch; returns one message for each new one.
-
-        Raises ValueError if too many clips are broken, or if none is left.
-        """
-        new = {
-            name: reason
-            for name, reason in batch["skipped"].items()
-            if name not in self.broken and name not in self.too_short
-        }
-        self.too_short |= {name: frames for name, frames in new.items() if isinstance(frames, int)}
-        self.broken |= {name: reason for name, reason in new.items() if not isinstance(reason, int)}
+        """Add those of a batch; returns a message for each new one. ValueError if too many are broken, or all."""
+        messages = []
+        for name, reason in batch["skipped"].items():
+            if name not in self.broken and name not in self.too_short:
+                short = isinstance(reason, int)
+                (self.too_short if short else self.broken)[name] = reason
+                reason = f"ends, or is damaged, after {reason} frames" if short else reason
+                messages.append(f"{name} is skipped: {reason}")
         none_left = batch["missing"] and len(self.broken) + len(self.too_short) >= self.total
         if none_left and self.too_short:
             T, stride = self.source.video[0], self.source.stride
@@ -507,14 +484,12 @@ class Skipped:
                 f"{fix}--short repeat fits all."
             )
         if none_left or len(self.broken) > max(1, MAX_BROKEN * self.total):
-            examples = "; ".join(f"{name} ({why})" for name, why in itertools.islice(self.broken.items(), 10))
+            examples = "; ".join(f"{name} ({reason})" for name, reason in [*self.broken.items()][:10])
             raise ValueError(
                 f"{len(self.broken)} of {self.total} videos cannot be read, at most {MAX_BROKEN:.0%} may be: "
-                f"{examples}. Repair them, move them away, or leave them out of the list."
+                f"{examples}. Repair them, move them away, or leave them out with a list."
             )
-        ends = "ends, or is damaged, after {} frames"
-        reasons = {name: ends.format(why) if isinstance(why, int) else why for name, why in new.items()}
-        return [f"{name} is skipped: {why}" for name, why in reasons.items()]
+        return messages
 
 
 # ---- videos: the frames of a file ----
@@ -578,13 +553,13 @@ def frame_times(container, stream):
     MP4 and AVI have an index of all frames. Where there is none, or where it does not tell all (the rest of an MP4
     may be in fragments, or an edit list hides frames), all packets are read. A time stamp may be None.
     """
-    index, last = stream.index_entries, stream.frames - 1
-    whole = last >= 0 and len(index) == stream.frames and 2 * index[last].timestamp >= (stream.duration or 0)
-    if whole and not (index[0].is_discard or index[last].is_discard):
+    index, count = stream.index_entries, stream.frames
+    if count > 0 and len(index) == count and 2 * index[count - 1].timestamp >= (stream.duration or 0):
         delay = (stream.start_time or 0) - index[0].timestamp  # of display after decoding, for B-frames
-        return stream.frames, lambda k: index[k].timestamp + delay
-    seen = [packet for packet in packets(container, stream) if packet.size and not packet.is_discard]
-    times = [packet.dts if packet.pts is None else packet.pts for packet in seen]
+        if not (index[0].is_discard or index[count - 1].is_discard):
+            return count, lambda k: index[k].timestamp + delay
+    shown = (packet for packet in packets(container, stream) if packet.size and not packet.is_discard)
+    times = [packet.dts if packet.pts is None else packet.pts for packet in shown]
     times = [None] * len(times) if None in times else sorted(times)
     return len(times), times.__getitem__
 
@@ -799,50 +774,44 @@ def collate(samples):
     }
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
 def ignore_signals(_):
     """Workers end with the main process: Ctrl-C and SIGTERM reach it too, and it wants its last batch."""
-    for number in SIGNALS:
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 class Loader(DataLoader):
-    """torch's DataLoader, whose workers start only if there is enough shared memory, and shielded from signals."""
+    """torch's DataLoader with workers that start only if they can work; a Ctrl-C does not end those just starting."""
 
     def __iter__(self):
-        if not self.num_workers:
+        if self.num_workers == 0:
             return super().__iter__()
-        self.check_shared_memory()
-        blocked = hasattr(signal, "pthread_sigmask")  # not on Windows
-        # A worker that is just starting would die of Ctrl-C, and with it the main process before it has saved.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if blocked else None
+        check_shared_memory(self)
+        blockable = hasattr(signal, "pthread_sigmask")  # not on Windows
+        before = blockable and signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
             return super().__iter__()
         except OSError as error:
-            raise ValueError(
-                f"{self.num_workers} workers cannot be started ({error_reason(error)}); use fewer, as --workers 1 or 0."
-            ) from None
+            sys.unraisablehook = lambda _: None  # torch complains when its half-built iterator is deleted
+            why = f"{self.num_workers} workers cannot be started ({error_reason(error)})"
+            raise ValueError(f"{why}; use fewer, as --workers 1 or 0.") from None
         finally:
-            if blocked:
+            if blockable:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def check_shared_memory(self):
-        """ValueError if the batches in flight do not fit into /dev/shm: workers would wait for ever."""
-        if not Path("/dev/shm").is_dir():
-            return
-        samples = (self.dataset[index] for batch in self.batch_sampler for index in batch)
-        clip = next((sample["video"] for sample in samples if sample["video"] is not None), None)
-        if clip is None:
-            return
-        batches = min(len(self), self.num_workers * self.prefetch_factor + 1)
-        largest = self.batch_size or len(self.batch_sampler[0])
-        need, free = batches * largest * clip.nbytes, shutil.disk_usage("/dev/shm").free
+
+def check_shared_memory(loader):
+    """ValueError if the batches that workers prepare do not fit into /dev/shm: the loader would wait for ever."""
+    samples = (loader.dataset[index] for indices in loader.batch_sampler for index in indices)
+    clip = next((sample["video"] for sample in samples if sample["video"] is not None), None)
+    if clip is not None and os.path.isdir("/dev/shm"):
+        batches = min(len(loader), loader.num_workers * loader.prefetch_factor + 1)
+        need = batches * len(next(iter(loader.batch_sampler))) * clip.nbytes / 1e6
+        free = shutil.disk_usage("/dev/shm").free / 1e6
         if need > free:
             raise ValueError(
-                f"{self.num_workers} workers need {need / 1e6:.0f} MB of shared memory, /dev/shm has {free / 1e6:.0f} "
-                f"MB free; use --workers 0, or start the container with a larger one (--shm-size {need / 1e9:.1f}g)."
+                f"{loader.num_workers} workers need {need:.0f} MB of shared memory, /dev/shm has {free:.0f} MB free; "
+                f"use --workers 0, or start the container with more of it (--shm-size {math.ceil(need / 500)}g)."
             )
 
 
@@ -940,14 +909,9 @@ def user_errors():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     finally:
-        end_workers()
-
-
-def end_workers():
-    """Kill the workers that are left after an error. They ignore SIGTERM, and Python would wait for them."""
-    workers = multiprocessing.active_children()
-    if workers and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
-    for worker in workers:
-        worker.kill()
-        worker.join()
+        # Workers that are left after an error ignore SIGTERM, and Python would wait for them.
+        workers = multiprocessing.active_children()
+        if workers and hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+        for worker in workers:
+            worker.kill()

@@ -458,7 +458,7 @@ def test_weight_decay_is_of_matrices_only():
 # ---- data.py: generated clips ----
 
 
-def test_a_generated_clip_is_a_function_of_seed_split_and_number_with_balanced_labels():
+def test_generated_clips_by_seed_split_and_index_with_balanced_labels():
     a, b = Scenes("train"), Scenes("train")
     for index in (0, 7, 12345):
         assert np.array_equal(a.read(index), b.read(index)) and a.targets(index) == b.targets(index)
@@ -469,7 +469,7 @@ def test_a_generated_clip_is_a_function_of_seed_split_and_number_with_balanced_l
     assert len(combinations) == 288 == math.prod(map(len, a.labels.values()))
 
 
-def test_one_frame_does_not_show_the_motion_but_a_few_frames_do():
+def test_motion_shows_in_several_frames_only():
     scenes = Scenes("train", video=(16, 16, 16))
     motion = torch.tensor([scenes.targets(index)[3] for index in range(2016)])
     videos = np.stack([scenes.read(index) for index in range(2016)]).astype(np.float32) / 255
@@ -510,17 +510,17 @@ def write_frames(path, images, codec="mpeg4", pixels="yuv420p", times=None, codi
     return path
 
 
-def write_numbered(path, frames=40, size=(64, 64), **how):
+def write_numbered(path, frames=40, size=(64, 64), **kwargs):
     """A video whose mean grey level says the frame number: level 5 * number + 10, with a little noise."""
     noise = np.random.default_rng(0).integers(-8, 9, (frames, size[1], size[0], 1))
     grey = 5 * np.arange(frames).reshape(-1, 1, 1, 1) + 10 + noise
-    return write_frames(path, grey.clip(0, 255).repeat(3, axis=3).astype(np.uint8), **how)
+    return write_frames(path, grey.clip(0, 255).repeat(3, axis=3).astype(np.uint8), **kwargs)
 
 
-def write_copies(folder, names, **how):
+def write_copies(folder, names, **kwargs):
     """One numbered video by several names in a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    raw = write_numbered(folder / "first.mp4", **how).read_bytes()
+    raw = write_numbered(folder / "first.mp4", **kwargs).read_bytes()
     (folder / "first.mp4").unlink()
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -528,7 +528,7 @@ def write_copies(folder, names, **how):
     return folder
 
 
-def test_sound_and_folders_are_not_videos(tmp_path):
+def test_sound_and_folders_are_no_videos(tmp_path):
     with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))  # mono, 16 bits
         sound.writeframes(bytes(1600))
@@ -543,9 +543,9 @@ def frame_numbers(frames):
     return [round((float(frame.mean()) - 10) / 5) for frame in frames]
 
 
-def clip_numbers(path, start=0.5, frames=4, stride=3, **how):
+def clip_numbers(path, start=0.5, frames=4, stride=3, **kwargs):
     """Numbers of the frames in a clip of a numbered video."""
-    return frame_numbers(read_clip(path, video=(frames, 32, 32), stride=stride, start=start, **how))
+    return frame_numbers(read_clip(path, video=(frames, 32, 32), stride=stride, start=start, **kwargs))
 
 
 def in_steps(numbers, stride=3):
@@ -597,38 +597,86 @@ def check_frames(path, late=3):
 
 @pytest.mark.parametrize("codec,coding", [("mpeg4", None), *B_FRAMES.items()])
 @pytest.mark.parametrize("format", ["avi", "mp4", "mkv", "mov", "ts"])
-def test_a_clip_holds_every_stride_th_frame_in_order_from_its_start(tmp_path, codec, coding, format):
+def test_clips_hold_every_stride_th_frame_from_their_start(tmp_path, codec, coding, format):
     late = 3 if coding or format == "ts" else 1.5  # MPEG-TS has no index: seeking may land late
     check_frames(write_numbered(tmp_path / f"a.{format}", codec=codec, coding=coding), late)
 
 
-def test_avi_with_two_frames_in_a_packet_is_read_in_order(tmp_path):
+def test_packed_b_frames_in_avi(tmp_path):
     path = write_numbered(tmp_path / "plain.avi", coding=B_FRAMES["mpeg4"] | {"bf": "1"})
     check_frames(copy_packets(path, tmp_path / "shared.avi", share_packets))
 
 
 @pytest.mark.parametrize("codec", B_FRAMES)
-def test_an_index_that_takes_any_frame_for_a_key_frame_is_found_out(tmp_path, codec):
+def test_index_with_false_key_frames(tmp_path, codec):
     path = write_numbered(tmp_path / "right.mov", codec=codec, coding=B_FRAMES[codec])
-    check_frames(copy_packets(path, tmp_path / "wrong.mov", lambda found: [(raw, True) for raw, _ in found]))
+    check_frames(
+        copy_packets(path, tmp_path / "wrong.mov", lambda packets: [(raw, True) for raw, _ in packets])
+    )
 
 
 @pytest.mark.parametrize(
-    "shown,used",  # (time, is a key frame, is damaged) of decoded frames; times that are used from 1.0 on
+    "shown,used",  # (time, is a key frame) of decoded frames; times that are used from 100 on
     [
-        ([(0.92, 0, 0), (0.96, 1, 0), (1.0, 0, 0), (1.08, 0, 0), (0.96, 0, 0)], [1.0, 1.08, 0.96]),
-        ([(1.0, 0, 0), (1.04, 1, 0), (1.08, 0, 0)], []),  # the key frame shows too late
-        ([(0.96, 0, 0), (1.0, 0, 0)], []),  # no key frame
-        ([(0.96, 1, 1), (1.0, 0, 0)], []),
-        ([(0.96, 1, 0), (1.0, 0, 0), (1.04, 0, 1), (1.08, 0, 0)], [1.0]),
-        ([(None, 1, 0), (1.0, 0, 0)], []),
+        ([(92, 0), (96, 1), (100, 0), (108, 0), (96, 0)], [100, 108, 96]),
+        ([(100, 0), (104, 1), (108, 0)], []),  # the key frame is displayed too late
+        ([(96, 0), (100, 0)], []),  # no key frame
+        ([(None, 1), (100, 0)], []),
     ],
 )
-def test_frames_after_a_seek_are_used_only_where_they_can_be_right(tmp_path, monkeypatch, shown, used):
-    frames = [SimpleNamespace(time=time, key_frame=key, is_corrupt=bad) for time, key, bad in shown]
+def test_frames_after_a_seek(tmp_path, monkeypatch, shown, used):
+    frames = [SimpleNamespace(pts=time, key_frame=key) for time, key in shown]
     monkeypatch.setattr(data, "all_frames", lambda *_: frames)
     with data.open_video(write_numbered(tmp_path / "a.mp4")) as (container, stream):
-        assert [frame.time for frame in data.frames_from(container, stream, 1.0, back=0)] == used
+        assert [frame.pts for frame in data.frames_from(container, stream, 100, preroll=0)] == used
+
+
+def test_palette_of_the_first_frame_holds_for_all(tmp_path):
+    with av.open(str(tmp_path / "a.avi"), "w") as container:
+        stream = container.add_stream("rawvideo", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "pal8"
+        palette = np.arange(255, -1, -1, dtype=np.uint8)[:, None].repeat(4, 1)  # not the default one
+        for number in range(40):
+            image = np.full((64, 64), 245 - 5 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray((image, palette), format="pal8")))
+    check_frames(tmp_path / "a.avi", late=0.5)
+
+
+def test_packets_without_a_picture_are_no_damage(tmp_path):
+    metadata = itertools.cycle([b"\0\0\0\6\6\5\2AB\x80", b"\0\0\0\2\x09\xf0"])  # H.264: SEI, delimiter
+    path = write_numbered(tmp_path / "plain.mp4", codec="libx264", coding=B_FRAMES["libx264"])
+
+    def without_b_frames(packets):
+        return [(raw if is_key or raw[4] >> 5 else next(metadata), is_key) for raw, is_key in packets]
+
+    with data.open_video(copy_packets(path, tmp_path / "new.mp4", without_b_frames)) as (container, stream):
+        numbers = frame_numbers(
+            frame.to_ndarray(format="gray") for frame in data.all_frames(container, stream)
+        )
+        assert len(numbers) < 30 and numbers[0] == 0 and numbers[-1] == 39
+    # An empty chunk in an AVI file stands for the frame before.
+    raw = bytearray(write_numbered(tmp_path / "a.avi").read_bytes())
+    at = raw.index(b"00dc", raw.index(b"00dc", raw.index(b"movi")) + 4)
+    size = struct.unpack_from("<I", raw, at + 4)[0]
+    struct.pack_into("<I4sI", raw, at + 4, 0, b"JUNK", size - 8)
+    (tmp_path / "a.avi").write_bytes(raw)
+    with data.open_video(tmp_path / "a.avi") as (container, stream):
+        assert len([*data.all_frames(container, stream)]) == 39
+
+
+def test_starts_are_uniform_in_frames_where_a_recording_was_paused(tmp_path):
+    for name, codec, paused in itertools.product(("a.mp4", "a.mkv"), ("libx264", "mpeg4"), (1, 20, 39)):
+        times = np.cumsum([100_000 if number == paused else 40 for number in range(40)])
+        path = write_numbered(tmp_path / name, codec=codec, times=times)
+        starts = [clip_numbers(path, place / 32, 8, 1)[0] for place in range(33)]
+        assert np.abs(np.array(starts) - np.arange(33)).max() <= 1
+
+
+@pytest.mark.parametrize("flags", ["frag_keyframe", "frag_keyframe+empty_moov+default_base_moof+global_sidx"])
+def test_mp4_in_fragments_has_all_its_frames(tmp_path, flags):
+    path = write_numbered(tmp_path / "a.mp4", options={"movflags": flags})
+    assert data.frame_counts(tmp_path, ["a.mp4"]) == {"a.mp4": 40}
+    check_frames(path)
 
 
 def write_damaged(path, *, frames=40, g=40):
@@ -644,23 +692,41 @@ def write_damaged(path, *, frames=40, g=40):
     return path
 
 
-def test_no_clip_leads_across_damage(tmp_path):
+def test_no_clip_crosses_damage(tmp_path):
     bad = write_damaged(tmp_path / "bad.mp4")
     for start in (0.0, 0.5, 1.0):
         numbers = clip_numbers(bad, start)
         assert in_steps(numbers) and numbers[-1] < 20
 
 
-def test_videos_damaged_in_one_place_are_read_in_others_and_end_no_run(tmp_path):
+@pytest.mark.parametrize("codec", ["mpeg2video", "libx264"])
+def test_no_clip_crosses_lost_packets_of_a_transport_stream(tmp_path, codec):
+    raw, rng = (
+        write_numbered(tmp_path / "a.ts", codec=codec, coding=B_FRAMES[codec]).read_bytes(),
+        np.random.default_rng(0),
+    )
+    for _ in range(8):
+        count = len(raw) // 188
+        first = int(rng.integers(10, count - 20))
+        (tmp_path / "lost.ts").write_bytes(
+            raw[: 188 * first] + raw[188 * (first + int(rng.integers(1, 15))) :]
+        )
+        for start in (0.0, 0.3, 0.5, 0.7, 1.0):
+            numbers = clip_numbers(tmp_path / "lost.ts", start, stride=1)
+            assert in_steps([*dict.fromkeys(numbers)], 1)
+
+
+def test_videos_damaged_in_one_place_are_read_in_others(tmp_path):
     names = ["a.mp4", "b.mp4"]
     for name in names:
         write_damaged(tmp_path / name, frames=96, g=8)
-    videos, reported = Videos(tmp_path, video=(8, 16, 16), stride=4), []
-    for found in loader(videos, batch=2, last=20):
-        assert len(found["index"]) == 2 and not found["missing"]
-        reported += videos.check_broken(found["broken"]).items()
-    assert sorted(reported) == [(name, "ends, or is damaged, after 20 frames") for name in names]
-    raises("All 2 videos that can be read have fewer", videos.check_broken, {}, none_left=True)
+    videos, messages = Videos(tmp_path, video=(8, 16, 16), stride=4), []
+    skipped = data.Skipped(videos)
+    for batch in data.train_loader(videos, batch=2, last=20):
+        assert len(batch["index"]) == 2 and not batch["missing"]
+        messages += skipped.update(batch)
+    assert sorted(messages) == [f"{name} is skipped: ends, or is damaged, after 20 frames" for name in names]
+    raises("All 2 videos that can be read have fewer", skipped.update, {"skipped": {}, "missing": 2})
 
 
 def mutated(raw, rng):
@@ -682,15 +748,16 @@ def read_all(folder, report):
     for index in range(len(videos)):
         print(videos.name(index), file=report, flush=True)
         faulthandler.dump_traceback_later(20, exit=True)
-        for how in ({"start": 1.0, "stride": 1}, {"start": 0.6, "short": "drop"}):
+        for settings in ({"start": 1.0, "stride": 1}, {"start": 0.6, "short": "drop"}):
             try:
-                clip = read_clip(folder / videos.name(index), video=(4, 16, 16), **how)
+                clip = read_clip(folder / videos.name(index), video=(4, 16, 16), **settings)
                 assert clip.shape == (4, 16, 16, 3)
             except data.READ_ERRORS as error:
-                assert data.reason(error)
+                assert data.error_reason(error)
     faulthandler.dump_traceback_later(60, exit=True)
-    for found in itertools.chain(data.evaluation_loader(videos), loader(videos, batch=20, last=5)):
-        named += videos.check_broken(found["broken"])
+    skipped = data.Skipped(videos)
+    for batch in itertools.chain(data.eval_loader(videos), data.train_loader(videos, batch=20, last=5)):
+        named += [message.split(" ")[0] for message in skipped.update(batch)]
     print(len(named), len(set(named)), file=report, flush=True)
 
 
@@ -708,11 +775,11 @@ def test_damaged_files_neither_crash_nor_hang_the_reader(tmp_path):
         code = exit_code(start(read_all, bad, report))
     *_, last = (tmp_path / "report").read_text().splitlines()
     assert code == 0, f"at {last}"
-    found, different = last.split()
-    assert found == different and 20 < int(found) < 200
+    named, different = last.split()
+    assert named == different and 20 < int(named) < 200
 
 
-def test_odd_directory_entries_are_named_or_read(tmp_path):
+def test_directory_entries_of_all_kinds(tmp_path):
     folder = tmp_path / "odd"
     names = ["a b.mp4", "ü 日本.mp4", "12:30 %d.mp4", "-x.mp4", "file:y.mp4", "'\".mp4"]
     names += [f"{number}.mp4" for number in range(40)]
@@ -747,11 +814,11 @@ def test_a_thousand_reads_leave_no_file_or_thread_open(tmp_path):
             before = count()
         with suppress(*data.READ_ERRORS):
             read_clip(tmp_path / f"{('good', 'cut', 'bad')[number % 3]}.avi", video=(4, 16, 16), short="drop")
-    data.look_at(tmp_path, ["good.avi", "cut.avi", "bad.avi"] * 100)
+    data.frame_counts(tmp_path, ["good.avi", "cut.avi", "bad.avi"] * 100)
     wait_for(lambda: count() == before)  # on a busy machine a joined thread stays in /proc for a moment
 
 
-def test_files_without_duration_or_with_variable_frame_rate_give_full_clips(tmp_path):
+def test_files_without_duration_or_with_variable_frame_rate(tmp_path):
     path = write_numbered(tmp_path / "raw.m4v", format="m4v")
     with av.open(str(path)) as container:
         assert not container.streams.video[0].duration
@@ -771,19 +838,24 @@ def test_crop_covers_the_shorter_side_and_moves_along_the_longer(tmp_path):
     assert read_clip(path, video=(4, 80, 80), stride=1).shape == (4, 80, 80, 3)
 
 
-def test_rotation_by_metadata_is_applied(tmp_path):
-    images = np.zeros((8, 32, 64, 3), np.uint8)
-    images[:, :, :32] = 200  # bright on the left
-    path = write_frames(tmp_path / "phone.mp4", images)
-    upright = read_clip(path, video=(2, 32, 32), stride=1)
-    assert upright[0, :, :12].mean() > 150 and upright[0, :, -12:].mean() < 50
-    raw = path.read_bytes()
+def test_display_matrices_at_right_angles_are_applied(tmp_path):
+    stored = np.zeros((32, 64, 3), np.uint8)
+    stored[:16, :32], stored[:16, 32:], stored[16:, :32] = 200, 120, 60
+    raw = write_frames(tmp_path / "a.mp4", np.stack([stored] * 4)).read_bytes()
     at = raw.index(b"tkhd") + 44  # the display matrix of the track
     assert struct.unpack(">9i", raw[at : at + 36])[8] == 1 << 30
-    turn = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # a quarter turn clockwise
-    path.write_bytes(raw[:at] + turn + raw[at + 36 :])
-    clip = read_clip(path, video=(2, 64, 32), stride=1)[0].mean(-1)  # portrait: 64 high, 32 wide
-    assert clip[:20].mean() > 150 and clip[-20:].mean() < 50  # the left side is now on top
+    y, x = np.mgrid[:32, :64]
+    for a, b, c, d in itertools.product((-1, 0, 1), repeat=4):
+        matrix = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+        (tmp_path / "a.mp4").write_bytes(raw[:at] + matrix + raw[at + 36 :])
+        upright = stored
+        if (a * a, b * b, c * c, d * d) in ((1, 0, 0, 1), (0, 1, 1, 0)):
+            columns, rows = a * x + c * y, b * x + d * y  # where a pixel is shown
+            columns, rows = columns - columns.min(), rows - rows.min()
+            upright = np.zeros((rows.max() + 1, columns.max() + 1, 3), np.uint8)
+            upright[rows, columns] = stored
+        clip = read_clip(tmp_path / "a.mp4", video=(2, *upright.shape[:2]), stride=1)
+        assert np.abs(clip[0].astype(float) - upright).mean() < 6
 
 
 @pytest.fixture
@@ -801,9 +873,10 @@ def listed(folder, *lines, name="list.txt"):
     return folder / name
 
 
-def test_a_folder_gives_its_videos_with_parent_folders_as_labels(folder):
+def test_a_folders_videos_have_parent_folders_as_labels(folder):
     (folder / "notes.txt").write_text("no video")
     (folder / "walk" / "._clip.mp4").write_text("a resource fork")
+    write_copies(folder / "run", ["recon.mp4", "last.pt"])  # what a run has written
     write_copies(folder, [".Trash/old.mp4"])
     videos = Videos(folder, video=(4, 32, 32))
     assert len(videos) == 20 and videos.labels == {"class": ("Run", "walk")}
@@ -811,39 +884,52 @@ def test_a_folder_gives_its_videos_with_parent_folders_as_labels(folder):
     assert videos.read(3).shape == (4, 32, 32, 3)
 
 
-def test_a_list_names_files_with_spaces_and_labels(folder, tmp_path):
-    again = [f"{place}/walk/clip 01.MP4   fast walk" for place in (".", folder)]
-    lines = listed(tmp_path, "walk/clip 01.MP4 fast walk\n", "Run/clip 00.MP4", *again)
-    videos = Videos(folder, list_file=lines, video=(4, 32, 32))
+def test_lists_give_labels_if_every_line_has_one(folder, tmp_path):
+    video = {"video": (4, 32, 32)}
+    (folder / "link.MP4").symlink_to(folder / "walk" / "clip 01.MP4")
+    again = ["./walk/clip 01.MP4", f"{folder}/walk/clip 01.MP4", "Run/../walk/clip 01.MP4", "link.MP4"]
+    lines = listed(
+        tmp_path,
+        "walk/clip 01.MP4 fast walk\n",
+        "Run/clip 00.MP4  b",
+        *(f"{path} fast walk" for path in again),
+    )
+    videos = Videos(folder, list_file=lines, **video)
     assert len(videos) == videos.total == 2  # each video counts once
-    assert videos.files == [("walk/clip 01.MP4", "fast walk"), ("Run/clip 00.MP4", "Run")]
-    lines = listed(tmp_path, "walk/clip 01.MP4 1", "walk/clip 03.MP4 1", "Run/clip 00.MP4 2")
-    videos = Videos(folder, list_file=lines, video=(4, 32, 32))
-    assert videos.classes == ("walk", "Run")  # the order of the numbers, as in UCF101's classInd.txt
-    assert [videos.targets(index) for index in range(3)] == [(0,), (0,), (1,)]
-    # No number, and any case.
-    lines = listed(tmp_path, "walk/clip 01.MP4 ²", "walk/clip 03.MP4 a", "Run/clip 00.MP4 A")
-    assert Videos(folder, list_file=lines, video=(4, 32, 32)).classes == ("A", "a", "²")
-    raises("Cannot read the list", Videos, folder, list_file=tmp_path / "missing.txt")
+    assert videos.files == [("walk/clip 01.MP4", "fast walk"), ("Run/clip 00.MP4", "b")]
+    paired = listed(tmp_path, "Run/clip 02.MP4 b", "link.MP4", name="paired.txt")
+    other = Videos(folder, list_file=paired, paired_list=lines, **video)
+    assert other.files[0] == ("Run/clip 02.MP4", "Run")
+    assert other.shared(videos) == ["link.MP4"] and videos.shared(other) == ["walk/clip 01.MP4"]
+    assert Videos(folder, list_file=lines, paired_list=paired, **video).classes == ("Run", "walk")
+    for labels, classes in ((("10", "9"), ("9", "10")), (("10", "A"), ("10", "A")), (("b", "A"), ("A", "b"))):
+        lines = listed(tmp_path, f"walk/clip 01.MP4 {labels[0]}", f"Run/clip 00.MP4 {labels[1]}")
+        assert Videos(folder, list_file=lines, **video).classes == classes
     lines = listed(tmp_path, "walk/clip 01.MP4 1", "walk/clip 01.MP4 2")
     raises("clip 01.MP4 with several labels", Videos, folder, list_file=lines)
-    # Labels of a list beside another one are of its kind, also where it alone would stand for folders.
-    mixed = listed(tmp_path, "walk/clip 01.MP4 1", "Run/clip 00.MP4 1", "Run/clip 02.MP4 2", name="mixed.txt")
-    lines, plain = listed(tmp_path, "walk/clip 01.MP4 1", "Run/clip 00.MP4 2"), {"video": (4, 32, 32)}
-    assert Videos(folder, list_file=lines, **plain).classes == ("walk", "Run")
-    assert Videos(folder, list_file=lines, beside=mixed, **plain).classes == ("1", "2")
-    bare = listed(tmp_path, "Run/clip 02.MP4", name="bare.txt")
-    assert Videos(folder, list_file=bare, beside=lines, **plain).classes == ("Run",)
 
 
-def test_short_videos_follow_the_named_rule(folder):
+def test_lists_that_name_no_file(folder, tmp_path):
+    raises("Cannot read the list", Videos, folder, list_file=tmp_path / "missing.txt")
+    lines = listed(tmp_path, "walk/clip 01.MP4", "", "walk/clip 2.MP4 a")
+    raises(
+        r"list.txt, line 3: no such file: .*clip 2.MP4; a line is `path \[label\]`\.",
+        Videos,
+        folder,
+        list_file=lines,
+    )
+    lines = listed(tmp_path, "walk/clip 01.MP4,walk")
+    raises(r"line 1: no such file: .*,walk; .* \(no comma\)", Videos, folder, list_file=lines)
+
+
+def test_short_videos(folder):
     write_numbered(folder / "walk" / "short.mp4", frames=5)
     videos = Videos(folder, video=(4, 32, 32), stride=4)
-    assert videos.dropped == {"walk/short.mp4": 5} and len(videos) == 20
+    assert videos.too_short == {"walk/short.mp4": 5} and len(videos) == 20
     lines = listed(folder, "walk/short.mp4 stride", "Run/clip 00.MP4 run")
     assert Videos(folder, list_file=lines, video=(4, 32, 32), stride=4).labels == {"class": ("run",)}
     videos = Videos(folder, video=(4, 32, 32), stride=4, short="repeat")
-    assert not videos.dropped and len(videos) == 21
+    assert not videos.too_short and len(videos) == 21
     index = videos.files.index(("walk/short.mp4", "walk"))
     assert frame_numbers(videos.read(index)) == [0, 4, 4, 4]
     raises("--stride 10 would fit the longest", Videos, folder, video=(4, 32, 32), stride=20)
@@ -856,48 +942,44 @@ def test_a_file_that_ends_early_is_used_from_its_beginning(tmp_path):
     assert in_steps(clip_numbers(cut, 1.0, stride=4), 4)
     short = raises("earlier than its header says", clip_numbers, cut, frames=16, short="drop")
     with data.open_video(cut) as (container, stream):
-        whole = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-    assert short.frames == len({*range(48)} & {*frame_numbers(whole)})
+        good = [frame for frame in container.decode(stream) if not frame.is_corrupt]  # the last one is cut
+    assert short.frames == len(good)
     padded = clip_numbers(cut, frames=16)
     assert padded[-1] == padded[-2] > padded[0]
 
 
-def test_files_that_reading_finds_too_short_are_dropped_not_broken(folder):
-    raw = write_numbered(folder / "whole.avi", frames=48).read_bytes()
-    (folder / "whole.avi").unlink()
-    names = [f"walk/cut {number}.avi" for number in range(5)]  # 5 of 25 would be too many broken
-    for name in names:
-        (folder / name).write_bytes(raw[: len(raw) * 3 // 4])  # 48 frames by the header
+def test_videos_that_reading_finds_too_short_are_not_broken(folder):
+    write_damaged(folder / "walk" / "cut 0.mp4", frames=48, g=48)
+    names = [f"walk/cut {number}.mp4" for number in range(5)]  # 5 of 25 would be too many broken
+    for name in names[1:]:
+        shutil.copy(folder / names[0], folder / name)
     videos = Videos(folder, video=(10, 16, 16), stride=4)
-    assert len(videos) == 25 and not videos.dropped
-    alone, helped = (next(iter(loader(videos, batch=25, last=1, workers=workers))) for workers in (0, 2))
+    assert len(videos) == 25 and not videos.too_short
+    alone, helped = (next(iter(data.train_loader(videos, batch=25, last=1, workers=n))) for n in (0, 2))
     assert torch.equal(alone["video"], helped["video"]) and len(alone["index"]) == 25
-    frames = alone["broken"][names[0]]
-    assert alone["broken"] == dict.fromkeys(names, frames) == helped["broken"] and 30 < frames < 40
-    assert videos.check_broken(alone["broken"]) == dict.fromkeys(
-        names, f"ends, or is damaged, after {frames} frames"
-    )
-    assert videos.dropped == dict.fromkeys(names, frames) and not videos.broken
-    for found in data.evaluation_loader(videos):
-        assert videos.check_broken(found["broken"]) == {} and len(found["index"]) == 20
+    assert alone["skipped"] == helped["skipped"] == dict.fromkeys(names, 20)
+    skipped = data.Skipped(videos)
+    assert skipped.update(alone) == [
+        f"{name} is skipped: ends, or is damaged, after 20 frames" for name in alone["skipped"]
+    ]
+    assert skipped.too_short == dict.fromkeys(names, 20) and not skipped.broken
+    for batch in data.eval_loader(videos):
+        assert skipped.update(batch) == [] and len(batch["index"]) == 20
 
 
-def test_names_that_are_no_text_are_used_and_can_be_printed(tmp_path, capsys):
-    names = (b"caf\xe9/\xff\xfe.mp4", b"caf\xe9/two\nlines.mp4", "ordinary ü.mp4".encode())
-    folder = write_copies(tmp_path / "odd", map(os.fsdecode, names))
-    (folder / os.fsdecode(b"bad\xff.mp4")).write_bytes(b"garbage")
-    videos = Videos(folder, video=(4, 16, 16))
-    found = [videos.name(index) for index in range(3)]
-    assert found == ["caf\\udce9/two\\nlines.mp4", "caf\\udce9/\\udcff\\udcfe.mp4", "ordinary ü.mp4"]
-    assert list(videos.broken) == ["bad\\udcff.mp4"] and videos.classes == ("caf\\udce9", "odd")
-    print(found, videos.broken, videos.classes, videos.fingerprint)
-    assert all(videos.read(index).shape == (4, 16, 16, 3) for index in range(3))
+def test_names_that_are_no_text(tmp_path):
+    names = [os.fsdecode(name) for name in (b"caf\xe9/\xff\xfe.mp4", "ordinary ü.mp4".encode())]
+    videos = Videos(write_copies(tmp_path / "a", names), video=(4, 16, 16))
+    assert [videos.name(index) for index in range(2)] == names
+    assert all(videos.read(index).shape == (4, 16, 16, 3) for index in range(2))
     (tmp_path / "list.txt").write_bytes(b"caf\xe9/\xff\xfe.mp4 na\xefve\n")
-    videos = Videos(folder, list_file=tmp_path / "list.txt", video=(4, 16, 16))
-    assert videos.classes == ("na\\udcefve",) and videos.read(0).shape == (4, 16, 16, 3)
+    assert Videos(tmp_path / "a", list_file=tmp_path / "list.txt", video=(4, 16, 16)).classes == (
+        "na\udcefve",
+    )
     (tmp_path / "list.txt").write_text("ordinary ü.mp4", encoding="utf-16")
-    raises("no text in UTF-8", Videos, folder, list_file=tmp_path / "list.txt")
-    videos = Videos(folder, list_file=listed(tmp_path, "ordinary ü.mp4"), video=(4, 16, 16))
+    raises("no text in UTF-8", Videos, tmp_path / "a", list_file=tmp_path / "list.txt")
+    lines = listed(tmp_path, "ordinary ü.mp4")
+    videos = Videos(tmp_path / "a", list_file=lines, video=(4, 16, 16))
     assert videos.fingerprint == hashlib.sha256("ordinary ü.mp4".encode()).hexdigest()
 
 
@@ -913,7 +995,7 @@ def test_links_to_folders_are_followed_once(folder, tmp_path):
     assert videos.read(20).shape == (4, 16, 16, 3)
 
 
-def test_broken_files_are_named_counted_and_skipped_unless_they_are_many_or_all(folder, tmp_path):
+def test_broken_files_are_named_and_skipped_unless_they_are_many_or_all(folder, tmp_path):
     (folder / "Run" / "garbage.mp4").write_bytes(os.urandom(5000))
     videos = Videos(folder, video=(4, 32, 32))
     assert list(videos.broken) == ["Run/garbage.mp4"] and len(videos) == 20 and videos.total == 21
@@ -927,36 +1009,111 @@ def test_broken_files_are_named_counted_and_skipped_unless_they_are_many_or_all(
     videos = Videos(few, video=(4, 32, 32))
     assert len(videos) == 1 and list(videos.broken) == ["a.mp4"]
     (few / "b.mp4").unlink()
-    [found] = loader(videos, batch=2, last=1)
-    assert found["missing"] == 2
-    raises("2 of 2 videos cannot be read", videos.check_broken, found["broken"])
+    [batch] = data.train_loader(videos, batch=2, last=1)
+    assert batch["missing"] == 2
+    raises("2 of 2 videos cannot be read", data.Skipped(videos).update, batch)
 
 
-def test_a_file_that_breaks_later_is_replaced_and_reported_once(folder):
+def test_a_file_that_breaks_later_is_replaced_and_named_once(folder):
     videos = Videos(folder, video=(4, 32, 32))
     (folder / "Run" / "clip 04.MP4").write_bytes(b"gone")
-    batches = list(loader(videos, batch=20, last=2))
+    batches, skipped = list(data.train_loader(videos, batch=20, last=2)), data.Skipped(videos)
     assert batches[0]["video"].shape == (20, 4, 32, 32, 3)
-    assert list(batches[0]["broken"]) == ["Run/clip 04.MP4"] and 2 not in batches[0]["index"]
-    assert list(videos.check_broken(batches[0]["broken"])) == ["Run/clip 04.MP4"]
-    assert videos.check_broken(batches[1]["broken"]) == {}
+    assert list(batches[0]["skipped"]) == ["Run/clip 04.MP4"] and 2 not in batches[0]["index"]
+    [message] = skipped.update(batches[0])
+    assert message.startswith("Run/clip 04.MP4 is skipped: ") and skipped.update(batches[1]) == []
     for number in range(6, 12, 2):
         (folder / "Run" / f"clip {number:02d}.MP4").unlink()
-    [found] = loader(videos, batch=20, last=1)
-    raises("cannot be read", videos.check_broken, found["broken"])
+    [batch] = data.train_loader(videos, batch=20, last=1)
+    raises("4 of 20 videos cannot be read", skipped.update, batch)
 
 
-def test_workers_and_starting_point_change_nothing_and_every_clip_comes_once_in_an_epoch(folder):
+def test_no_flip_keeps_left_and_right(tmp_path):
+    images = np.zeros((8, 32, 32, 3), np.uint8)
+    images[:, :, :16] = 200  # bright on the left
+    write_frames(tmp_path / "a.mp4", images)
+    for flip, expected in ((True, {True, False}), (False, {True})):
+        videos = Videos(tmp_path, video=(2, 32, 32), stride=1, flip=flip)
+        clips = [videos.read(0, np.random.default_rng(seed)) for seed in range(12)]
+        assert {bool(clip[:, :, :12].mean() > 150) for clip in clips} == expected
+
+
+def test_workers_and_first_step_change_nothing_and_every_clip_comes_once_in_an_epoch(folder):
     (folder / "Run" / "clip 04.MP4").write_bytes(b"gone")  # a replacement is part of the order
     for source in (Videos(folder, video=(4, 32, 32)), Scenes("train", clips=12, video=(4, 32, 32))):
-        alone = list(loader(source, batch=3, last=9, seed=1))
-        helped = list(loader(source, batch=3, last=9, seed=1, workers=2))
-        later = list(loader(source, batch=3, first=5, last=9, seed=1))
+        alone = list(data.train_loader(source, batch=3, last=9, seed=1))
+        helped = list(data.train_loader(source, batch=3, last=9, seed=1, workers=2))
+        later = list(data.train_loader(source, batch=3, first=5, last=9, seed=1))
         assert same(alone, helped) and same(alone, alone[:5] + later)
-        another = next(iter(loader(source, batch=3, last=9, seed=2)))
+        another = next(iter(data.train_loader(source, batch=3, last=9, seed=2)))
         assert not torch.equal(alone[0]["video"], another["video"])
     order = [index for found in alone for index in found["index"]]
     assert sorted(order[:12]) == sorted(order[12:24]) == list(range(12)) and order[:12] != order[12:24]
+
+
+def test_workers_started_by_spawn(folder):
+    code = (
+        "import data, sys, torch; torch.multiprocessing.set_start_method('spawn')\nif __name__ == '__main__':"
+    )
+    code += "\n    source = data.Videos(sys.argv[1], video=(4, 32, 32))"
+    code += "\n    print(sum(len(batch['index']) for batch in data.train_loader(source, batch=4, last=3, workers=2)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder], cwd=Path(data.__file__).parent, capture_output=True
+    )
+    assert done.stdout.split() == [b"12"], done.stderr
+
+
+def test_too_little_shared_memory_is_said(monkeypatch):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(free=64_000_000))
+    scenes = Scenes(video=(16, 224, 224))  # 2.4 MB a clip
+    for batches in (
+        data.train_loader(scenes, batch=16, last=9, workers=1),
+        data.eval_loader(scenes, workers=1),
+    ):
+        raises("workers need [0-9]+ MB .* 64 MB free; use --workers 0.*--shm-size", iter, batches)
+    assert (
+        len(next(iter(data.train_loader(scenes, batch=16, last=1, workers=1)))["index"]) == 16
+    )  # one batch fits
+
+
+def test_workers_that_cannot_be_started_end_the_program(tmp_path):
+    code = "import data, sys; data.user_errors()(lambda: [*data.train_loader(data.Scenes(), batch=2, last=9, workers=6)])()"
+    code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)); " + code
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=Path(data.__file__).parent, capture_output=True, timeout=60)
+    assert done.returncode == 2 and re.fullmatch(b".*workers cannot be started .*use fewer.*\n", done.stderr)
+
+
+def test_ends_of_programs(capsys):
+    def end(error):
+        with (
+            pytest.raises(type(error) if error.args == ("a bug",) else SystemExit) as caught,
+            data.user_errors(),
+        ):
+            raise error
+        return getattr(caught.value, "code", None), capsys.readouterr().err
+
+    code, sentence = end(ValueError("K does not divide; take 4."))
+    assert code == 2 and sentence.endswith(": K does not divide; take 4.\n")
+    assert end(KeyboardInterrupt())[0] == 130 and end(RuntimeError("a bug"))[0] is None
+    code = "import data\nwith data.user_errors():\n    print('caf\\udce9 \\u65e5 ' * 100000)"
+    for target, expected in ((subprocess.PIPE, b"caf\\udce9 \\u65e5 "), ("closed", b"")):
+        read, write = os.pipe()
+        os.close(read)
+        output = {"stdout": write if target == "closed" else target, "stderr": subprocess.PIPE}
+        environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(data.__file__).parent, env=environment, **output
+        )
+        os.close(write)
+        assert done.returncode == 0 and not done.stderr and (done.stdout or b"").startswith(expected)
+
+
+def test_default_workers_share_the_cores(monkeypatch):
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: range(12), raising=False)
+    for processes, workers in ((1, 8), (2, 6), (4, 3), (16, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert data.default_workers() == workers
 
 
 # ---- train.py ----
