@@ -42,7 +42,7 @@ import data
 import probe
 import train
 from blockwise import REGIMES, Blockwise, count_parameters, load, make_optimizers, save, train_step
-from data import Scenes, Videos, read_clip, train_loader
+from data import Scenes, Videos, read_clip
 from model import (
     SIZES,
     Decoder,
@@ -1058,7 +1058,7 @@ def test_workers_started_by_spawn(folder):
     code += "\n    source = data.Videos(sys.argv[1], video=(4, 32, 32))"
     code += "\n    print(sum(len(batch['index']) for batch in data.train_loader(source, batch=4, last=3, workers=2)))"
     done = subprocess.run(
-        [sys.executable, "-c", code, folder], cwd=Path(data.__file__).parent, capture_output=True
+        [sys.executable, "-c", code, folder], cwd=Path(data.__file__).parent, capture_output=True, check=False
     )
     assert done.stdout.split() == [b"12"], done.stderr
 
@@ -1080,22 +1080,26 @@ def test_workers_that_cannot_be_started_end_the_program(tmp_path):
     code = "import data, sys; data.user_errors()(lambda: [*data.train_loader(data.Scenes(), batch=2, last=9, workers=6)])()"
     code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)); " + code
     command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, cwd=Path(data.__file__).parent, capture_output=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=Path(data.__file__).parent, capture_output=True, timeout=60, check=False
+    )
     assert done.returncode == 2 and re.fullmatch(b".*workers cannot be started .*use fewer.*\n", done.stderr)
 
 
 def test_ends_of_programs(capsys):
-    def end(error):
-        with (
-            pytest.raises(type(error) if error.args == ("a bug",) else SystemExit) as caught,
-            data.user_errors(),
-        ):
-            raise error
+    def end(function, expected=SystemExit):
+        with pytest.raises(expected) as caught, data.user_errors():
+            function()
         return getattr(caught.value, "code", None), capsys.readouterr().err
 
-    code, sentence = end(ValueError("K does not divide; take 4."))
-    assert code == 2 and sentence.endswith(": K does not divide; take 4.\n")
-    assert end(KeyboardInterrupt())[0] == 130 and end(RuntimeError("a bug"))[0] is None
+    def bug(error):
+        raise error
+
+    code, sentence = end(lambda: Videos("nowhere"))
+    assert code == 2 and sentence.endswith(": nowhere is not a folder of videos.\n")
+    assert end(lambda: bug(KeyboardInterrupt()))[0] == 130
+    for error in (RuntimeError("a bug"), ValueError("a bug in code of one's own.")):
+        assert end(lambda error=error: bug(error), type(error)) == (None, "")  # the traceback is Python's
     code = "import data\nwith data.user_errors():\n    print('caf\\udce9 \\u65e5 ' * 100000)"
     for target, expected in ((subprocess.PIPE, b"caf\\udce9 \\u65e5 "), ("closed", b"")):
         read, write = os.pipe()
@@ -1103,7 +1107,11 @@ def test_ends_of_programs(capsys):
         output = {"stdout": write if target == "closed" else target, "stderr": subprocess.PIPE}
         environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=Path(data.__file__).parent, env=environment, **output
+            [sys.executable, "-c", code],
+            cwd=Path(data.__file__).parent,
+            env=environment,
+            check=False,
+            **output,
         )
         os.close(write)
         assert done.returncode == 0 and not done.stderr and (done.stdout or b"").startswith(expected)
@@ -2144,9 +2152,9 @@ def test_the_commands_in_the_readme_exist():
 
     for command in commands("train"):
         train.parse(train.Config, "", command)  # exits on what it does not know
-    for script, flags in (("probe", probe.build_parser), ("analyze", analyze.build_parser)):
+    for script, build in (("probe", probe.build_parser), ("analyze", analyze.build_parser)):
         for command in commands(script):
-            build_parser().parse_args(command)
+            build().parse_args(command)
 
 
 def test_the_files_name_nothing_beyond_the_core():
