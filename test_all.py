@@ -1051,16 +1051,23 @@ def test_workers_and_first_step_change_nothing_and_every_clip_comes_once_in_an_e
     assert sorted(order[:12]) == sorted(order[12:24]) == list(range(12)) and order[:12] != order[12:24]
 
 
-def test_workers_started_by_spawn(folder):
-    code = (
-        "import data, sys, torch; torch.multiprocessing.set_start_method('spawn')\nif __name__ == '__main__':"
-    )
-    code += "\n    source = data.Videos(sys.argv[1], video=(4, 32, 32))"
-    code += "\n    print(sum(len(batch['index']) for batch in data.train_loader(source, batch=4, last=3, workers=2)))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, folder], cwd=Path(data.__file__).parent, capture_output=True, check=False
-    )
-    assert done.stdout.split() == [b"12"], done.stderr
+SPAWN = """
+import sys, torch, train, probe
+if __name__ == "__main__":
+    torch.multiprocessing.set_start_method("spawn")
+    run, *settings = sys.argv[1:]
+    train.main([*settings, "--workers", "2", "--out", run])
+    probe.main([run, "--workers", "2"])
+"""
+
+
+def test_training_and_probe_with_workers_under_spawn(folder, tmp_path):
+    (tmp_path / "spawn.py").write_text(SPAWN)
+    settings = [*TINY_RUN, "--blocks", "2", "--steps", "2", "--data", str(folder), "--stride", "1"]
+    command = [sys.executable, str(tmp_path / "spawn.py"), str(tmp_path / "run"), *settings]
+    environment = os.environ | {"PYTHONPATH": str(Path(data.__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "linear probe" in done.stdout, done.stderr
 
 
 def test_too_little_shared_memory_is_said(monkeypatch):
