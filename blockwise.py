@@ -331,12 +331,15 @@ def save(path, model, optimizers, *, step, settings, data="", total=0):
         "data": data,
         "objective": objective(),
     }
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:  # where the disk is full
+        temporary.unlink(missing_ok=True)
 
 
 def load(path):

@@ -25,6 +25,7 @@ import stat
 import sys
 import time
 import traceback
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,6 +36,10 @@ from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import VideoReformatter
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+warnings.filterwarnings(
+    "ignore", "This DataLoader will create"
+)  # more workers than cores are the user's choice
 
 # A clip source is any class with
 #     __len__()               number of clips
@@ -332,7 +337,9 @@ class Videos:
         self.folder, self.video, self.flip = Path(folder), tuple(video), flip
         self.stride, self.short = stride, short
         if not str(folder) or not self.folder.is_dir():
-            raise ValueError(f"{folder or 'An empty name'} is not a folder of videos.")
+            raise ValueError(
+                f"{folder or 'An empty name'} is not a folder; --data names the folder of the videos."
+            )
         labels = (
             dict.fromkeys(video_files(self.folder)) if not list_file else read_list(list_file, self.folder)
         )

@@ -352,11 +352,14 @@ def open_data(args, run, probed=True):
     name, lists = args.data, [args.train_list, args.test_list]
     if bool(args.train_list) != bool(args.test_list):
         raise ValueError("--train-list and --test-list go together; without both, 3 folds are drawn.")
+    if name is None and settings.get("source"):
+        fix = "give them to probe.main(sources=...), or take --data"
+        raise ValueError(f"{run.title} was trained on clips of its own source, {settings['source']}; {fix}.")
     if name is None and settings.get("data"):
         name = settings["data"]
         if not os.path.isdir(name):
             raise ValueError(f"The folder {name} is not there; name it with --data, or take --data scenes.")
-        print(f"{run.title} was trained on these videos (--data names others):")
+        print(f"videos and rules as in the training of {run.title} (--data names others):")
         if not any(lists) and settings.get("list"):
             lists = [settings["list"], settings.get("eval_list")]
     lists = [path for path in lists if path]
@@ -371,7 +374,7 @@ def open_data(args, run, probed=True):
     else:
         stride, short = args.stride or settings.get("stride", 4), args.short or settings.get("short", "drop")
         sources, options = [], {"video": video, "stride": stride, "short": short}
-        for list_file, paired_list in zip(lists or [None], lists[::-1] or [None]):
+        for list_file, paired_list in zip(lists or [None], lists[::-1] or [None]):  # each with the other
             sources.append(data.Videos(name, list_file=list_file, paired_list=paired_list, **options))
             print(sources[-1].summary())
             print(f"  list: {list_file or 'none'}, stride {stride}, short videos: {short}")

@@ -1103,7 +1103,9 @@ def test_ends_of_programs(capsys):
         raise error
 
     code, sentence = end(lambda: Videos("nowhere"))
-    assert code == 2 and sentence.endswith(": nowhere is not a folder of videos.\n")
+    assert code == 2 and sentence.endswith(
+        ": nowhere is not a folder; --data names the folder of the videos.\n"
+    )
     assert end(lambda: bug(KeyboardInterrupt()))[0] == 130
     for error in (RuntimeError("a bug"), ValueError("a bug in code of one's own.")):
         assert end(lambda error=error: bug(error), type(error)) == (None, "")  # the traceback is Python's
@@ -1281,10 +1283,9 @@ def test_an_error_prints_its_traceback_and_how_to_resume(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         after_call(patch, os, "fsync", 2, full)  # the first checkpoint is of step 0
         _, errors = run(train, *TINY_RUN, "--steps", 2, "--out", out, code=1)
-    *_, error, hint = errors.splitlines()
-    assert error.endswith("No space left on device") and hint.endswith(
-        f"python train.py --resume --out {out}"
-    )
+    *_, error, disk, hint = errors.splitlines()
+    assert error.endswith("No space left on device") and disk.startswith("The disk is full")
+    assert hint.endswith(f"python train.py --resume --out {out}") and not list(out.glob("*.tmp"))
     assert load(out)[1]["step"] == 0
     run(train, "--resume", "--out", out)
     assert load(out)[1]["step"] == 2
@@ -1345,7 +1346,7 @@ def test_a_run_is_resumed_only_as_it_was_started(folder, finished, tmp_path):
     moved = folder.rename(tmp_path / "moved")
     run(train, "--resume", "--out", out, "--data", moved)
     (moved / "walk" / "clip 01.MP4").unlink()
-    assert "was started on other videos" in refused(train, "--resume", "--out", out, "--data", moved)
+    assert "was started on other clips" in refused(train, "--resume", "--out", out, "--data", moved)
 
 
 def test_eval_loss_is_of_held_out_videos_with_eval_list_and_says_so(folder, tmp_path):
@@ -1366,6 +1367,8 @@ def test_eval_loss_is_of_held_out_videos_with_eval_list_and_says_so(folder, tmp_
         text, _ = run(train, *settings, tmp_path / name, *more)
         [line] = log_lines(tmp_path / name)
         assert line["eval_clips"] == name and f"loss on {name}" in text
+    message = refused(train, *settings, tmp_path / "same", "--eval-list", lists["train.txt"])
+    assert "13 videos of --eval-list are trained on" in message
 
 
 SPLIT = {"train.txt": slice(0, 13), "test.txt": slice(13, 20)}
@@ -1431,11 +1434,15 @@ def test_clips_and_a_step_of_ones_own(tmp_path):
         return train_step(*arguments, **settings)
 
     calls, out = [], tmp_path / "run"
-    config, given = train.parse(train.Config, "", [*TINY_RUN, "--steps", "3", "--out", str(out)])
-    train.train(*train.set_up(config, given, Noise()), step_function)
+    settings = [*TINY_RUN, "--steps", "3", "--out"]
+    with suppress(SystemExit):
+        train.main([*settings, str(out)], source=Noise(), step_function=step_function)
     assert (
         calls == [(0, 3, 4), (1, 3, 4), (2, 3, 4)] and log_lines(out)[-1]["eval_clips"] == "2 training clips"
     )
+    assert "was trained on clips of its own source, Noise" in refused(probe, out)
+    config, given = train.parse(train.Config, "", [*settings, str(tmp_path / "other")])
+    raises("lacks __len__, name, labels", train.set_up, config, given, object())
 
 
 def test_training_on_a_list_says_what_is_left_out(folder, tmp_path):
@@ -2000,7 +2007,10 @@ def test_a_run_on_videos_is_probed_on_its_own_videos(folder, tmp_path, capsys, m
 
     [source], text = open_data()
     assert (len(source), source.stride, source.short) == (20, 2, "repeat")
-    assert text.startswith("mine was trained on these videos") and f"20 of 20 videos in {folder}" in text
+    assert (
+        text.startswith("videos and rules as in the training of mine")
+        and f"20 of 20 videos in {folder}" in text
+    )
     [source], text = open_data("--stride", "1", "--short", "drop", list=str(train))
     assert (len(source), source.stride, source.short) == (13, 1, "drop") and str(train) in text
     sources, _ = open_data(list=str(train), eval_list=str(test))

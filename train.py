@@ -10,6 +10,7 @@ Römer & Dickscheid, arXiv 2601.09040, Sec. 3. The method is train_step() in blo
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -238,10 +239,13 @@ def set_up(config, given, source=None, world_size=None):
             copied, new = copy_weights(load(config.init)[0], model)
             print(f"from {config.init}: {', '.join(copied)}; new: {', '.join(new) or 'nothing'}")
     tube_mask(1, model.grid, config.mask)  # raises if the ratio does not fit the grid
+    members = ("__len__", "name", "labels", "targets", "read", "fingerprint")
+    if missing := [name for name in members if source is not None and not hasattr(source, name)]:
+        raise ValueError(f"The source of clips lacks {', '.join(missing)}; data.py lists what it needs.")
     if source is None:
         source = open_videos(config, model, config.list) if config.data else data.Scenes(video=model.video)
     if checkpoint and checkpoint["data"] != source.fingerprint:
-        raise ValueError(f"{out} was started on other videos; restore them, or name another --out.")
+        raise ValueError(f"{out} was started on other clips; restore them, or name another --out.")
     return config, model.to(config.device).train(), source, checkpoint
 
 
@@ -256,11 +260,11 @@ def resume(config, given):
         if getattr(config, name) not in (saved[name], "auto"):
             raise ValueError(
                 f"{config.out} was started with {flag(name)} {saved[name]}, not {getattr(config, name)}; "
-                "leave it out, or start another run with --out."
+                f"leave it out, or start another run with --out (--init {config.out}: from its weights)."
             )
     if checkpoint["objective"] != objective():
         raise ValueError(f"{config.out} was started with another loss or target; name another --out.")
-    settings = {name: value for name, value in saved.items() if name != "program"}
+    settings = {name: value for name, value in saved.items() if name not in ("program", "source")}
     settings["device"], settings["workers"] = config.device, config.workers
     settings |= {name: getattr(config, name) for name in MAY_CHANGE & given}
     return type(config)(**settings), model, checkpoint
@@ -406,16 +410,18 @@ def train(config, model, source, checkpoint=None, step_function=None):
         return
 
     # The folder of the run, with a checkpoint of step 0: from here on it can be resumed.
-    saved = {"settings": asdict(config) | {"program": config.program}, "data": source.fingerprint}
-    saved["total"] = total
+    own = {"source": type(source).__name__} if not isinstance(source, (data.Videos, data.Scenes)) else {}
+    settings = asdict(config) | {"program": config.program} | own
+    saved = {"settings": settings, "data": source.fingerprint, "total": total}
     if is_main:
         describe(config, model, source)
-        print(f"{total - step} steps of {config.batch} clips, processes: {world_size}", flush=True)
+        shared = f", shared by {world_size} processes" if distributed else ""
+        print(f"{total - step} steps of {config.batch} clips{shared}", flush=True)
         clips = eval_clips(config, model, source)
         out.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
             save(out / "last.pt", model, [], step=0, **saved)
-        (out / "config.json").write_text(json.dumps(saved["settings"], indent=1) + "\n")
+        (out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
         log = open_log(out / "log.jsonl", step)
     if config.compile:
         for part in [*model.blocks.values(), *model.decoders.values()]:
@@ -584,7 +590,11 @@ def eval_clips(config, model, source):
     if isinstance(source, data.Scenes):
         source = data.Scenes("test", video=model.video)
     elif config.eval_list:
-        source = open_videos(config, model, config.eval_list)
+        training, source = source, open_videos(config, model, config.eval_list)
+        if shared := source.shared(training):
+            raise ValueError(
+                f"{len(shared)} videos of --eval-list are trained on, as {shared[0]}; take others."
+            )
     else:
         name = "training clips"
     indices = np.linspace(0, len(source) - 1, min(EVAL_CLIPS, len(source))).astype(int).tolist()
@@ -746,6 +756,9 @@ def error_hint(config):
         if data.is_user_error(error):
             raise
         traceback.print_exc()
+        chain = [error, error.__context__]
+        if any(getattr(link, "errno", None) == errno.ENOSPC for link in chain):
+            print("The disk is full; free some space first.", file=sys.stderr)
         if (Path(config.out) / "last.pt").is_file():
             command = f"python {config.program} --resume --out {shlex.quote(config.out)}"
             print(f"Go on from the last checkpoint with: {command}", file=sys.stderr)
@@ -753,13 +766,16 @@ def error_hint(config):
 
 
 @data.user_errors()
-def main(arguments=None, *, source=None):
-    """Train as the command line says. source: clips of your own in place of --data, see data.py."""
+def main(arguments=None, *, source=None, step_function=None):
+    """Train as the command line says.
+
+    source: clips of your own in place of --data, see data.py. step_function: as for train().
+    """
     data.keep_freed_memory()
     config, given = parse(Config, __doc__, arguments)
     config, model, source, checkpoint = set_up(config, given, source)
     with error_hint(config):
-        train(config, model, source, checkpoint)
+        train(config, model, source, checkpoint, step_function)
 
 
 if __name__ == "__main__":
