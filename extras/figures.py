@@ -144,6 +144,9 @@ def draw_lines(axis, groups, analysis, name, title):
         axis.axhline(analysis["chance"][name], linestyle=":", color=GRAY, label="chance")
     axis.set(title=title, xlabel="encoder layer", ylabel=LABELS.get(name, ("", "accuracy"))[1])
     axis.set_xticks(range(1, max(g.depth for g in groups) + 1))
+    low, high = axis.get_ylim()
+    if high - low < 0.02:  # differences of no size are not drawn large
+        axis.set_ylim((low + high) / 2 - 0.01, (low + high) / 2 + 0.01)
 
 
 def draw_gains(axis, groups, name):
