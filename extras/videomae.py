@@ -175,13 +175,13 @@ def to_transformers(model, until):
     It is a VideoMAEForPreTraining if block `until` has a decoder that predicts pixels, else a VideoMAEModel.
     VideoMAE has no key bias; without it tokens are the same, as softmax cancels it.
     """
-    transformers, c = optional("transformers"), model.config
+    c = model.config
     if not 1 <= until <= c["blocks"]:
         raise ValueError(f"There is no block {until}; choose --until from 1 to {c['blocks']}.")
     (frames, height, width), (t, p, q) = model.video, model.tubelet
     if p != q:
         raise ValueError(f"VideoMAE has square patches, this run {p} x {q} pixels; it cannot be exported.")
-    last, per_block = f"block{until}", c["depth"] // c["blocks"]
+    transformers, last, per_block = optional("transformers"), f"block{until}", c["depth"] // c["blocks"]
     config = transformers.VideoMAEConfig(
         image_size=height if height == width else [height, width],
         patch_size=p,
