@@ -1080,7 +1080,7 @@ def test_workers_started_by_spawn(folder):
     code += "\n    source = data.Videos(sys.argv[1], video=(4, 32, 32))"
     code += "\n    print(sum(len(batch['index']) for batch in data.train_loader(source, batch=4, last=3, workers=2)))"
     done = subprocess.run(
-        [sys.executable, "-c", code, folder], cwd=Path(data.__file__).parent, capture_output=True
+        [sys.executable, "-c", code, folder], check=False, cwd=Path(data.__file__).parent, capture_output=True
     )
     assert done.stdout.split() == [b"12"], done.stderr
 
@@ -1102,7 +1102,9 @@ def test_workers_that_cannot_be_started_end_the_program(tmp_path):
     code = "import data, sys; data.user_errors()(lambda: [*data.train_loader(data.Scenes(), batch=2, last=9, workers=6)])()"
     code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)); " + code
     command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, cwd=Path(data.__file__).parent, capture_output=True, timeout=60)
+    done = subprocess.run(
+        command, check=False, cwd=Path(data.__file__).parent, capture_output=True, timeout=60
+    )
     assert done.returncode == 2 and re.fullmatch(b".*workers cannot be started .*use fewer.*\n", done.stderr)
 
 
@@ -1125,7 +1127,11 @@ def test_ends_of_programs(capsys):
         output = {"stdout": write if target == "closed" else target, "stderr": subprocess.PIPE}
         environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=Path(data.__file__).parent, env=environment, **output
+            [sys.executable, "-c", code],
+            check=False,
+            cwd=Path(data.__file__).parent,
+            env=environment,
+            **output,
         )
         os.close(write)
         assert done.returncode == 0 and not done.stderr and (done.stdout or b"").startswith(expected)
