@@ -589,11 +589,12 @@ def all_frames(container, stream, *, limit=True):
     limit: for one clip, no more than MAX_DECODED.
     """
     most = MAX_DECODED // (stream.width * stream.height or 1) if limit else math.inf
-    good = wait = False
+    good = wait = flagged = False
     for number, packet in enumerate(packets(container, stream)):
         if number > most:
             raise ValueError(f"one clip needs over {most} frames decoded; encode it with more key frames")
-        frames, damaged = [], packet.is_corrupt
+        frames, damaged = [], packet.is_corrupt or flagged
+        flagged = packet.is_corrupt  # what was lost may belong to the next packet, too
         if not damaged:
             try:
                 frames = stream.codec_context.decode(packet)
@@ -663,17 +664,18 @@ def read_clip(path, *, video=(16, 128, 128), stride=4, start=0.5, crop=(0.5, 0.5
     with open_video(path) as (container, stream):
         count, time = frame_times(container, stream)
         first = round(start * max(0, count - span))
+        frames, passed = [], 0
         # Not after a seek: a palette comes once, with the first frame; MXF's time stamps may be wrong.
         seekable = stream.codec_context.pix_fmt != "pal8" and container.format.name != "mxf"
-        if first > 0 and seekable and time(first) is not None:
+        if count > 0 and seekable and time(first) is not None:
             # Seconds: a key frame may be displayed later than its place in the file says.
-            for preroll in (0, 2):
-                frames, _ = take(frames_from(container, stream, time(first), preroll=preroll))
+            for preroll in (0, 2) if first > 0 else (0,):
+                frames, passed = take(frames_from(container, stream, time(first), preroll=preroll))
                 if len(frames) == T:
                     return np.stack(frames)  # (T, H, W, C)
-    # Where seeking fails, and at the very beginning: decode from there, and count. That tells how many frames
-    # there really are; if the header has promised more, choose the place again.
-    for _ in range(2):
+    # Where seeking fails: decode from the beginning, and count. That tells how many frames there really are; if
+    # the header has promised more, choose the place again.
+    for _ in range(0 if passed == count else 2):  # a short video has been read whole
         with open_video(path) as (container, stream):
             frames, count = take(all_frames(container, stream), first)
         if len(frames) == T or first == 0:

@@ -218,6 +218,7 @@ def export_run(args):
     model, checkpoint = load(args.run)
     settings, K = checkpoint["settings"], model.config["blocks"]
     until = K if args.until is None else args.until
+    out = new_folder(args.out)
     exported = to_transformers(model, until)
     decoder = f"with the decoder of block {until}"
     if not hasattr(exported, "decoder"):
@@ -234,7 +235,6 @@ def export_run(args):
         "image_std": [0.229, 0.224, 0.225],
         **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
     }
-    out = new_folder(args.out)
     exported.save_pretrained(out)
     (out / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n")
     (out / "README.md").write_text(f"""# {out.resolve().name}
