@@ -506,6 +506,8 @@ OPENING = {  # a video file is one file: no playlists, no network
     "protocol_whitelist": "file",
 }
 MAX_PIXELS = 2**25  # of a frame; 8K has a little less
+PACKET_TIMES = {}  # {(file, bytes): time stamps} of files without an index, so that each is read through once
+MAX_REMEMBERED = 20_000  # files
 MAX_DECODED = 2**36  # pixels that are decoded for one clip; 22 minutes of 1920 x 1080 at 25 frames per second
 
 
@@ -565,10 +567,15 @@ def frame_times(container, stream):
         delay = (stream.start_time or 0) - index[0].timestamp  # of display after decoding, for B-frames
         if not (index[0].is_discard or index[count - 1].is_discard):
             return count, lambda k: index[k].timestamp + delay
-    shown = (packet for packet in packets(container, stream) if packet.size and not packet.is_discard)
-    times = [packet.dts if packet.pts is None else packet.pts for packet in shown]
-    times = [None] * len(times) if None in times else sorted(times)
-    return len(times), times.__getitem__
+    file = container.name, container.size
+    if file not in PACKET_TIMES:
+        if len(PACKET_TIMES) >= MAX_REMEMBERED:
+            PACKET_TIMES.clear()
+        shown = (packet for packet in packets(container, stream) if packet.size and not packet.is_discard)
+        times = [packet.dts if packet.pts is None else packet.pts for packet in shown]
+        PACKET_TIMES[file] = np.array([np.nan] * len(times) if None in times else sorted(times))
+    times = PACKET_TIMES[file]
+    return len(times), lambda k: None if np.isnan(times[k]) else int(times[k])
 
 
 def holds_picture(packet, stream):
