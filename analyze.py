@@ -10,9 +10,7 @@ them by test clip). Runs whose folders differ only in -seed1, -seed2 are seeds o
 Shapes: B batch, N tokens, D width, K blocks, M masked tokens, P values in one tubelet, L targets; here n clips.
 """
 
-import json
 import math
-import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -22,9 +20,29 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from blockwise import local_loss
-from data import Gratings, check_writable, eval_loader, keep_freed_memory, pick_device, user_errors
+from data import (
+    Gratings,
+    check_writable,
+    eval_loader,
+    json_text,
+    keep_freed_memory,
+    pick_device,
+    user_errors,
+    write_file,
+)
 from model import gather_tokens, normalized_targets, tube_mask
-from probe import extract, load_runs, networks, open_data, parser, print_table, probe_accuracy, score, split
+from probe import (
+    chance_scores,
+    extract,
+    load_runs,
+    networks,
+    open_data,
+    parser,
+    print_table,
+    probe_accuracy,
+    score,
+    split,
+)
 
 # ---- measurements: plain tensors in, numbers out ----
 
@@ -233,7 +251,9 @@ def measure(args, runs, sources):
         losses = reconstruction_losses(run.model.to(args.device), videos)
         values[run.title]["reconstruction loss"] = [losses.get(name, math.nan) for name in run.model.blocks]
     clips = {"read": len(names), "tested": len(tested), "folds": len(folds)}
-    return values, by_clip, chance_accuracy(targets, folds, labels), clips
+    chance = np.array(chance_scores(targets, folds)["accuracy"])  # (L,)
+    chance = {name: chance[places].mean() for name, places in accuracy_columns(labels).items()}
+    return values, by_clip, chance, clips
 
 
 def accuracy_columns(labels):
@@ -243,13 +263,6 @@ def accuracy_columns(labels):
         columns[f"{level} accuracy"] = [i for i, label in enumerate(labels) if label in members]
     columns |= {f"accuracy: {label}": [i] for i, label in enumerate(labels)}
     return {name: places for name, places in columns.items() if places}
-
-
-def chance_accuracy(targets, folds, labels):
-    """Accuracies of always naming the commonest class of the training clips: {measurement: value}."""
-    correct = [targets[test] == targets[train].mode(dim=0).values for train, test in folds]  # [(m, L)]
-    by_target = torch.stack([part.double().mean(dim=0) for part in correct]).mean(dim=0)  # (L,)
-    return {name: by_target[places].mean().item() for name, places in accuracy_columns(labels).items()}
 
 
 def decodability(x, occluded, targets, folds, labels):
@@ -329,19 +342,12 @@ def describe(args, runs, values, chance, clips):
     return settings | {"untrained": untrained, "runs": described}
 
 
-def to_json(values):
-    """The text of a JSON file; nan, which JSON does not know, becomes null."""
-    return json.dumps(json.loads(json.dumps(values), parse_constant=lambda _: None), indent=1) + "\n"
-
-
 def write_results(folder, analysis, by_clip):
-    """Write analysis.npz and analysis.json. Each is written beside the old file and then takes its place."""
-    arrays = {f"{title}/{name}": a for title, of_run in by_clip.items() for name, a in of_run.items()}
-    with open(folder / "analysis.npz.tmp", "wb") as file:
-        np.savez_compressed(file, **arrays)
-    (folder / "analysis.json.tmp").write_text(to_json(analysis))
-    for name in ("analysis.npz", "analysis.json"):
-        os.replace(folder / f"{name}.tmp", folder / name)
+    """Write analysis.npz and analysis.json; a text that cannot be made leaves both as they were."""
+    text = json_text(analysis).encode()
+    arrays = {f"{title}/{name}": a for title, clips in by_clip.items() for name, a in clips.items()}
+    write_file(folder / "analysis.npz", lambda file: np.savez_compressed(file, **arrays))
+    write_file(folder / "analysis.json", lambda file: file.write(text))
 
 
 def print_tables(analysis):

@@ -238,6 +238,11 @@ class Blockwise(nn.Module):
             )
 
     @property
+    def layers(self):
+        """The layers of all blocks, in order."""
+        return [layer for block in self.blocks.values() for layer in block.layers]
+
+    @property
     def groups(self):
         """The sets of names that one backward trains: each block alone if the gradient stops between them."""
         names = list(self.blocks)
@@ -315,10 +320,10 @@ def objective():
     return round(local_loss(noise, normalized_targets(noise)[0]).item(), 4)
 
 
-def save(path, model, optimizers, *, step, settings, data="", total=0):
+def save(path, model, optimizers, *, step, settings, data="", total=0, **more):
     """Write a checkpoint after `step` of `total` steps.
 
-    settings: a dict of builtins. data: a fingerprint of the clips that the run is trained on.
+    settings: a dict of builtins. data: a fingerprint of the clips that the run is trained on. more: other entries.
     A new file is written and then takes the place of the old one: a kill at any moment leaves a whole file.
     """
     checkpoint = {
@@ -330,6 +335,7 @@ def save(path, model, optimizers, *, step, settings, data="", total=0):
         "settings": settings,
         "data": data,
         "objective": objective(),
+        **more,
     }
     temporary = Path(f"{path}.tmp")
     try:
@@ -369,10 +375,10 @@ def copy_weights(source, target):
     """
 
     def parts(model):
+        """The modules of a model by names that do not depend on K."""
         blocks, depth = model.blocks, model.config["depth"] // len(model.blocks)
-        layers = [layer for block in blocks.values() for layer in block.layers]
         encoder = {"embedding": blocks["block1"].embedding}
-        encoder |= {f"layer {number}": layer for number, layer in enumerate(layers, start=1)}
+        encoder |= {f"layer {number}": layer for number, layer in enumerate(model.layers, start=1)}
         encoder["output norm"] = list(blocks.values())[-1].norm
         decoders = {
             f"decoder after layer {depth * k}": model.decoders[name]

@@ -15,6 +15,7 @@ import ctypes
 import functools
 import hashlib
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -37,9 +38,8 @@ from av.video.reformatter import VideoReformatter
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-warnings.filterwarnings(
-    "ignore", "This DataLoader will create"
-)  # more workers than cores are the user's choice
+# More workers than cores are the user's choice.
+warnings.filterwarnings("ignore", "This DataLoader will create")
 
 # A clip source is any class with
 #     __len__()               number of clips
@@ -893,6 +893,24 @@ def check_writable(path, folder=False):
             probe.unlink()
     except (OSError, ValueError) as error:  # ValueError: not a file's name
         raise ValueError(f"{path} cannot be written ({error_reason(error)}); name another place.") from None
+
+
+def write_file(path, write):
+    """Call write(file) on a new file, which then takes the place of `path`: a full disk or a kill leaves the old one."""
+    with open(f"{path}.tmp", "wb") as file:
+        write(file)
+    os.replace(f"{path}.tmp", path)
+
+
+def json_text(values):
+    """The text of a JSON file; nan, which JSON does not know, becomes null."""
+    return json.dumps(json.loads(json.dumps(values), parse_constant=lambda _: None), indent=1) + "\n"
+
+
+def write_json(path, values):
+    """Write a JSON file as write_file() does."""
+    text = json_text(values).encode()
+    write_file(path, lambda file: file.write(text))
 
 
 def is_user_error(error):

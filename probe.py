@@ -13,7 +13,6 @@ Shapes: B batch, N tokens, D width, K blocks; here n clips and L targets.
 
 import argparse
 import copy
-import json
 import os
 import re
 from collections import defaultdict
@@ -221,6 +220,13 @@ def score(x, targets, folds, *, k=20):
     scores["all"] = [float(scores["correct"].all(axis=0).mean())]
     tested = torch.cat([test for _, test in folds])
     return scores | retrieval(x[tested], targets[tested])
+
+
+def chance_scores(targets, folds):
+    """Scores of always naming the commonest class of the training clips: {"accuracy": [L], "all": [share]}."""
+    correct = [targets[test] == targets[train].mode(dim=0).values for train, test in folds]  # [(m, L)]
+    accuracy = torch.stack([fold.double().mean(dim=0) for fold in correct]).mean(dim=0)  # (L,)
+    return {"accuracy": accuracy.tolist(), "all": [torch.cat(correct).all(dim=1).double().mean().item()]}
 
 
 def probe_accuracy(x, targets, folds):
@@ -478,10 +484,7 @@ def main(arguments=None, *, sources=None):
     folds = split(targets, labels, sizes, sources[0][0])
     progress = tqdm(features.items(), "probes", leave=False)
     scores = {key: score(x, targets, folds, k=args.k) for key, x in progress}
-    correct = [targets[test] == targets[train].mode(dim=0).values for train, test in folds]  # [(m, L)]
-    majority = torch.stack([fold.double().mean(dim=0) for fold in correct]).mean(dim=0).tolist()
-    every = torch.cat(correct).all(dim=1).double().mean().item()
-    scores = {("chance", ""): {"accuracy": majority, "all": [every]}} | scores
+    scores = {("chance", ""): chance_scores(targets, folds)} | scores
     if args.json:
         write_scores(args.json, scores, labels)
     print(f"{len(folds[0][0])} clips to fit, {len(folds[0][1])} to test, folds: {len(folds)}")
@@ -514,23 +517,14 @@ def check_target(path, suffix):
     data.check_writable(path)
 
 
-def write_file(path, write):
-    """Call write(file) on a new file beside `path`, which then takes its place: a full disk leaves the old one."""
-    with open(f"{path}.tmp", "wb") as file:
-        write(file)
-    os.replace(f"{path}.tmp", path)
-
-
 def write_scores(path, scores, labels):
     """Write the file of --json: {title: {block: {score: {target: value or null}}}}; "all" is one value."""
     content = defaultdict(dict)
     for (title, block), values in scores.items():
         content[title][block] = {"all": values["all"][0]}
         for name in (name for name in values if name not in ("all", "correct")):
-            numbers = [None if np.isnan(value) else value for value in values[name]]
-            content[title][block][name] = dict(zip(labels, numbers))
-    text = json.dumps(content, indent=1)
-    write_file(path, lambda file: file.write(text.encode()))
+            content[title][block][name] = dict(zip(labels, values[name]))
+    data.write_json(path, content)
 
 
 def write_features(path, features, targets, names, labels):
@@ -539,7 +533,7 @@ def write_features(path, features, targets, names, labels):
     arrays = {(name if one_run else f"{title}/{name}"): x for (title, name), x in features.items()}
     for (target, classes), numbers in zip(labels.items(), targets.T):
         arrays[target] = np.array(classes)[numbers]
-    write_file(path, lambda file: np.savez(file, names=np.array(names), **arrays))
+    data.write_file(path, lambda file: np.savez(file, names=np.array(names), **arrays))
     print(f"{path}: {', '.join(arrays)}, names; {len(names)} clips")
 
 

@@ -312,8 +312,8 @@ def steps_per_stage(config, source):
     return config.steps or max(1, math.ceil(config.epochs * len(source) / config.batch))
 
 
-def describe(config, model, source):
-    """Print what is trained, on what, and where."""
+def describe(config, model, source, length):
+    """Print what is trained, on what, where and for how long."""
     cuda = config.device.startswith("cuda")
     hardware = torch.cuda.get_device_name() if cuda else f"CPU threads: {torch.get_num_threads()}"
     print(f"{config.out}: {config.size}, {config.regime}, K = {config.blocks}")
@@ -329,6 +329,7 @@ def describe(config, model, source):
     print(f"parameters: {parts}; in all {sum(counts.values()):,}")
     if config.device == "cpu" and config.size != "nano":
         print("the paper's sizes want a GPU; to see it run in minutes, leave out --size")
+    print(length, flush=True)
 
 
 # ---- what a step needs ----
@@ -380,6 +381,25 @@ def catch_signals():
     return caught
 
 
+def stage_optimizers(config, model, stage=0, states=None):
+    """Optimizers of a stage: new ones, or with the states of a checkpoint."""
+    betas = (config.beta1, config.beta2)
+    optimizers = make_optimizers(
+        model, stage=stage, lr=config.lr, betas=betas, weight_decay=config.weight_decay
+    )
+    for optimizer, state in zip(optimizers, states, strict=True) if states else ():
+        if optimizer is not None:
+            optimizer.load_state_dict(state)
+    return optimizers
+
+
+def due(step, total, stopping):
+    """What is done after a step: (is it the last one, evaluate and draw, log)."""
+    last_step = step == total or stopping
+    should_evaluate = last_step or step == 1 or step % max(1, total // 10) == 0
+    return last_step, should_evaluate, should_evaluate or step % min(50, max(1, total // 100)) == 0
+
+
 # ---- the training loop ----
 
 
@@ -410,19 +430,12 @@ def train(config, model, source, checkpoint=None, step_function=None):
         return
 
     # The folder of the run, with a checkpoint of step 0: from here on it can be resumed.
-    own = {"source": type(source).__name__} if not isinstance(source, (data.Videos, data.Scenes)) else {}
-    settings = asdict(config) | {"program": config.program} | own
-    saved = {"settings": settings, "data": source.fingerprint, "total": total}
+    saved = checkpoint_entries(config, source, total)
     if is_main:
-        describe(config, model, source)
         shared = f", shared by {world_size} processes" if distributed else ""
-        print(f"{total - step} steps of {config.batch} clips{shared}", flush=True)
+        describe(config, model, source, f"{total - step} steps of {config.batch} clips{shared}")
         clips = eval_clips(config, model, source)
-        out.mkdir(parents=True, exist_ok=True)
-        if checkpoint is None:
-            save(out / "last.pt", model, [], step=0, **saved)
-        (out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-        log = open_log(out / "log.jsonl", step)
+        log = open_folder(out, model, step, saved, new=checkpoint is None)
     if config.compile:
         for part in [*model.blocks.values(), *model.decoders.values()]:
             part.compile()
@@ -438,19 +451,14 @@ def train(config, model, source, checkpoint=None, step_function=None):
         while step < total and not stopping:
             # Stage and optimizers: new ones at the beginning of every stage, else those of the checkpoint.
             if step == first_step or step % steps == 0:
-                betas = (config.beta1, config.beta2)
-                optimizers = make_optimizers(
-                    model, stage=step // steps, lr=config.lr, betas=betas, weight_decay=config.weight_decay
-                )
-                if step % steps:
-                    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-                        if optimizer is not None:
-                            optimizer.load_state_dict(state)
+                states = checkpoint["optimizers"] if step % steps else None
+                optimizers = stage_optimizers(config, model, step // steps, states)
 
             # Learning rate: the same for all blocks.
+            lr = learning_rate(config, step % steps, steps)
             for optimizer in filter(None, optimizers):
                 for params in optimizer.param_groups:
-                    params["lr"] = learning_rate(config, step % steps, steps)
+                    params["lr"] = lr
 
             # Batch: this process's part; videos that cannot be read are named once.
             start = time.perf_counter()
@@ -484,9 +492,7 @@ def train(config, model, source, checkpoint=None, step_function=None):
                 stopping = bool(signalled)
 
             # What is due after this step. Looking at a number waits for a GPU, so only then.
-            last_step = step == total or stopping
-            should_evaluate = last_step or step == 1 or step % max(1, total // 10) == 0
-            should_log = should_evaluate or step % min(50, max(1, total // 100)) == 0
+            last_step, should_evaluate, should_log = due(step, total, stopping)
             should_save = is_main and (last_step or time.monotonic() - last_save > SAVE_SECONDS)
             if should_log or should_save or config.device == "cpu":
                 losses, norms = ({name: x.item() for name, x in values.items()} for values in (losses, norms))
@@ -498,12 +504,9 @@ def train(config, model, source, checkpoint=None, step_function=None):
 
             # Log and picture.
             if should_log and is_main:
-                now = time.perf_counter()
                 record = {"step": step, "epoch": round(step * config.batch / len(source), 4)}
                 record |= {"lr": optimizers[-1].param_groups[0]["lr"], "loss": losses, "grad_norm": norms}
-                speed = config.batch * (step - last_log_step) / (now - last_log)
-                record |= {"clips_per_s": round(speed, 1), "wait": round(waited / (now - last_log), 4)}
-                record["memory_mb"] = round(peak_memory())
+                record |= rates(config.batch * (step - last_log_step), time.perf_counter() - last_log, waited)
                 if should_evaluate:
                     trained = [name for group in model.groups[: len(optimizers)] for name in group]
                     record |= evaluate(model, clips, out / f"recon_{step:06d}.png", trained)
@@ -549,14 +552,34 @@ def check_finite(losses, norms, step, clips):
             )
 
 
+def rates(clips, seconds, waited):
+    """What the log says of the speed since its last line, and of memory."""
+    speed = {"clips_per_s": round(clips / seconds, 1), "wait": round(waited / seconds, 4)}
+    return speed | {"memory_mb": round(peak_memory())}
+
+
+def checkpoint_entries(config, source, total):
+    """What every checkpoint of a run says of its settings, clips and length: arguments of save()."""
+    own = {"source": type(source).__name__} if not isinstance(source, (data.Videos, data.Scenes)) else {}
+    settings = asdict(config) | {"program": config.program} | own
+    return {"settings": settings, "data": source.fingerprint, "total": total}
+
+
+def open_folder(out, model, step, saved, *, new):
+    """Make the folder of a run, a new one with a checkpoint of step 0; returns its log, to append to."""
+    out.mkdir(parents=True, exist_ok=True)
+    if new:
+        save(out / "last.pt", model, [], step=0, **saved)
+    (out / "config.json").write_text(json.dumps(saved["settings"], indent=1) + "\n")
+    return open_log(out / "log.jsonl", step)
+
+
 def open_log(path, step):
     """log.jsonl, to append to, without the lines after `step`: a resumed run writes them again."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     numbers = [re.match(r'\{"step": (\d+),', line) for line in lines]
     kept = [line for line, number in zip(lines, numbers) if number and int(number[1]) <= step]
-    temporary = path.with_suffix(".tmp")  # a kill leaves the old log or the new one
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    data.write_file(path, lambda file: file.write("".join(kept).encode()))
     return open(path, "a")
 
 

@@ -12,9 +12,7 @@ pass through the sum of all local losses.
 """
 
 import contextlib
-import json
 import math
-import os
 import time
 import weakref
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -28,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from blockwise import REGIMES, Blockwise, autocast, local_loss, make_optimizers, train_step
-from data import check_writable, keep_freed_memory, pick_device, user_errors
+from data import check_writable, keep_freed_memory, pick_device, user_errors, write_json
 from model import SIZES, gather_tokens, normalized_targets
 from train import Config, default_slices, step_masks
 
@@ -225,10 +223,9 @@ def main(arguments=None):
         cases["Hugging Face"] = hugging_face_case(args)
     rows, speed = measure_steps(args, cases)
     by_blocks = {} if args.peer else measure_blocks(args)
-    results = {"arguments": vars(args), "torch": torch.__version__, "steps": rows, "saved MB by K": by_blocks}
-    temporary = args.out / "bench.json.tmp"
-    temporary.write_text(json.dumps(results, indent=1, default=str) + "\n")
-    os.replace(temporary, args.out / "bench.json")
+    arguments = vars(args) | {"out": str(args.out)}
+    results = {"arguments": arguments, "torch": torch.__version__, "steps": rows, "saved MB by K": by_blocks}
+    write_json(args.out / "bench.json", results)
 
     print(f"{args.size}, K = {args.blocks}, batch {args.batch}, {args.device}, {args.dtype}")
     print(f"torch {torch.__version__}; a large matrix product runs at {speed:.0f} GFLOP/s")

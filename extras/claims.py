@@ -20,14 +20,12 @@ safe side if runs of one seed are alike. The rule looks at the number of seeds o
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from analyze import to_json
-from data import user_errors
+from data import user_errors, write_json
 
 # Shares of what training gains over the untrained network after the last block. Differs from paper, which names
 # no limits but a CKA of .98: CLOSE is the largest loss that is still close (the paper's own losses are 1 to 15 %,
@@ -310,8 +308,7 @@ def main(arguments=None):
         }
         verdicts[claim] = answer
     file = folder / "claims.json"
-    file.with_suffix(".tmp").write_text(to_json(verdicts))
-    os.replace(file.with_suffix(".tmp"), file)
+    write_json(file, verdicts)
 
     print("The paper's claims; ± is a 95 % interval over seeds and test clips")
     for g in groups[1:]:

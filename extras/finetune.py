@@ -21,9 +21,7 @@ epoch's: the best epoch, chosen by test accuracy, would look better than it is.
 Shapes: B batch, T frames, H W pixels, C channels, N tokens, D width.
 """
 
-import json
 import math
-import os
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -33,7 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from blockwise import Blockwise, autocast, load
+from blockwise import Blockwise, autocast, load, save
 from probe import accuracies, positive_int
 from train import learning_rate
 
@@ -59,11 +57,6 @@ class Classifier(nn.Module):
         return logits.float()
 
 
-def encoder_layers(model):
-    """The layers of all blocks, in order."""
-    return [layer for block in model.blocks.values() for layer in block.layers]
-
-
 def cut_encoder(model, block, removed=()):
     """A copy of blocks 1 to `block`, without some layers, and without output LayerNorm and decoders.
 
@@ -75,11 +68,11 @@ def cut_encoder(model, block, removed=()):
         raise ValueError(
             f"--remove {removed}: blocks 1 to {block} have layers 1 to {depth}; choose from these."
         )
-    layers = [x for number, x in enumerate(encoder_layers(model)[:depth], start=1) if number not in removed]
+    layers = [x for number, x in enumerate(model.layers[:depth], start=1) if number not in removed]
     sizes = {"blocks": 1 if removed else block, "depth": len(layers), "regime": "e2e"}
     encoder = Blockwise(**model.config | sizes | {"output_norm": False, "decoders": False})
     encoder.blocks["block1"].embedding.load_state_dict(model.blocks["block1"].embedding.state_dict())
-    for new, old in zip(encoder_layers(encoder), layers, strict=True):
+    for new, old in zip(encoder.layers, layers, strict=True):
         new.load_state_dict(old.state_dict())
     return encoder
 
@@ -91,7 +84,7 @@ def parameter_groups(classifier, *, layer_decay, weight_decay):
     the embedding. Biases and norms have no weight decay. Parameters that need no gradient are left out.
     """
     embedding, groups = classifier.encoder.blocks["block1"].embedding, []
-    parts = [classifier.head, *reversed(encoder_layers(classifier.encoder)), embedding]
+    parts = [classifier.head, *reversed(classifier.encoder.layers), embedding]
     for distance, part in enumerate(parts):
         params = [p for p in part.parameters() if p.requires_grad]
         matrices, vectors = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
@@ -264,15 +257,12 @@ def evaluate(args, classifier, source, target, classes, skipped):
 
 
 def write_files(out, classifier, classes, result, progress):
-    """Write last.pt, with the keys of blockwise.save() and the classifier's, and finetune.json."""
-    encoder = classifier.encoder
-    checkpoint = {"config": encoder.config, "model": encoder.state_dict(), "optimizers": []} | progress
-    lists = {"list": result["settings"]["train_list"], "eval_list": result["settings"]["test_list"]}
-    checkpoint["settings"] = result["settings"] | lists | {"regime": "fine-tuning"}
-    checkpoint |= {"head": classifier.head.state_dict(), "classes": classes}
-    torch.save(checkpoint, out / "last.pt.tmp")
-    os.replace(out / "last.pt.tmp", out / "last.pt")
-    (out / "finetune.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    """Write last.pt, which also holds the classifier, and finetune.json."""
+    settings = result["settings"] | {"regime": "fine-tuning"}
+    settings |= {"list": settings["train_list"], "eval_list": settings["test_list"]}
+    head = {"head": classifier.head.state_dict(), "classes": classes}
+    save(out / "last.pt", classifier.encoder, [], settings=settings, **progress, **head)
+    data.write_json(out / "finetune.json", result)
 
 
 # ---- command line ----
@@ -354,7 +344,7 @@ def main(arguments=None):
 
     start, state = "random weights" if args.scratch else args.run, "frozen, " if args.frozen else ""
     print(
-        f"{args.out}: {len(encoder_layers(encoder))} layers, {state}from {start}; device: {args.device}",
+        f"{args.out}: {len(encoder.layers)} layers, {state}from {start}; device: {args.device}",
         flush=True,
     )
     result = finetune(args, classifier, train, test, classes)["test"]

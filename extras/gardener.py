@@ -13,9 +13,7 @@ Shapes: B batch, N tokens, P values in one tubelet, D width.
 
 import argparse
 import copy
-import json
 import math
-import os
 import pickle
 import re
 from collections import defaultdict
@@ -26,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from blockwise import Blockwise, load
-from data import check_writable, pick_device, user_errors
+from data import check_writable, pick_device, user_errors, write_json
 from probe import extract, load_runs, networks, open_data, parser, print_table, probe_accuracy, split
 
 # ---- importance without data ----
@@ -154,7 +152,7 @@ class Pruned(torch.nn.Module):
         blocks, patches = list(self.model.blocks.values()), self.model.patches(video)  # (B, N, P)
         places = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)  # (B, N)
         tokens = dict.fromkeys(self.removed, blocks[0].embedding(patches, places))  # (B, N, D)
-        for number, layer in enumerate((layer for block in blocks for layer in block.layers), start=1):
+        for number, layer in enumerate(self.model.layers, start=1):
             outputs = {}  # {input: output}; inputs are compared as objects, not by value
             for removed, h in tokens.items():
                 if number not in removed:
@@ -257,14 +255,6 @@ def main(arguments=None):
         write_json(file, results)
         print_pruning(run.title, results[run.title], models[run.title], models[run.untrained])
     print(f"\n{file}")
-
-
-def write_json(path, results):
-    """Write a JSON file beside the old one, then replace that; nan, unknown to JSON, becomes null."""
-    results = json.loads(json.dumps(results), parse_constant=lambda _: None)
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def print_entropies(path, pattern):

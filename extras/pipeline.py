@@ -16,7 +16,6 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -112,25 +111,14 @@ def train_pipeline(config, model, source, checkpoint):
     dist.init_process_group("cpu:gloo,cuda:nccl" if config.device.startswith("cuda") else "gloo")
     neighbours = Neighbours(rank, count, config.device)
     total, first_step = train.steps_per_stage(config, source), checkpoint["step"] if checkpoint else 0
-    optimizer = make_optimizers(
-        model, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
-    )[rank]
-    if first_step:
-        optimizer.load_state_dict(checkpoint["optimizers"][rank])
-    saved = {
-        "settings": asdict(config) | {"program": config.program},
-        "data": source.fingerprint,
-        "total": total,
-    }
+    states = checkpoint["optimizers"] if first_step else None
+    optimizer = train.stage_optimizers(config, model, states=states)[rank]
+    saved = train.checkpoint_entries(config, source, total)
     if is_main:
-        train.describe(config, model, source)
-        print(f"{total - first_step} steps of {config.batch} clips, a process for each block", flush=True)
+        length = f"{total - first_step} steps of {config.batch} clips, a process for each block"
+        train.describe(config, model, source, length)
         clips, skipped = train.eval_clips(config, model, source), data.Skipped(source)
-        out.mkdir(parents=True, exist_ok=True)
-        if checkpoint is None:
-            save(out / "last.pt", model, [], step=0, **saved)
-        (out / "config.json").write_text(json.dumps(saved["settings"], indent=1) + "\n")
-        log = train.open_log(out / "log.jsonl", first_step)
+        log = train.open_folder(out, model, first_step, saved, new=checkpoint is None)
         batches = iter(
             data.train_loader(
                 source,
@@ -145,8 +133,9 @@ def train_pipeline(config, model, source, checkpoint):
     step, stopping, video, names = first_step, False, None, []
     with tqdm(total=total, initial=first_step, unit=" steps", mininterval=1, disable=not is_main) as bar:
         while step < total and not stopping:
+            lr = train.learning_rate(config, step, total)
             for params in optimizer.param_groups:
-                params["lr"] = train.learning_rate(config, step, total)
+                params["lr"] = lr
             if is_main:
                 start = time.perf_counter()
                 batch = next(batches)
@@ -167,9 +156,7 @@ def train_pipeline(config, model, source, checkpoint):
             neighbours.send(decision, DECISION)
             stopping, save_due = map(bool, decision)
 
-            last_step = step == total or stopping
-            should_evaluate = last_step or step == 1 or step % max(1, total // 10) == 0
-            should_log = should_evaluate or step % min(50, max(1, total // 100)) == 0
+            last_step, should_evaluate, should_log = train.due(step, total, stopping)
             losses, norms = ({name: x.item() for name, x in values.items()} for values in (losses, norms))
             train.check_finite(losses, norms, step, names)
             if not should_log:
@@ -178,16 +165,11 @@ def train_pipeline(config, model, source, checkpoint):
             if should_evaluate or save_due:
                 optimizers = whole_optimizers(model, optimizer, neighbours)
             if is_main:
-                now, record = (
-                    time.perf_counter(),
-                    {"step": step, "epoch": round(step * config.batch / len(source), 4)},
-                )
-                record["lr"] = optimizer.param_groups[0]["lr"]
+                record = {"step": step, "epoch": round(step * config.batch / len(source), 4), "lr": lr}
                 for key, number in (("loss", 0), ("grad_norm", 1)):
                     record[key] = {name: value for block in blocks for name, value in block[number].items()}
-                speed = config.batch * (step - last_log_step) / (now - last_log)
-                record |= {"clips_per_s": round(speed, 1), "wait": round(waited / (now - last_log), 4)}
-                record["memory_mb"] = round(train.peak_memory())
+                seconds = time.perf_counter() - last_log
+                record |= train.rates(config.batch * (step - last_log_step), seconds, waited)
                 if should_evaluate:
                     record |= train.evaluate(model, clips, out / f"recon_{step:06d}.png", list(model.blocks))
                 log.write(json.dumps(record) + "\n")
@@ -196,6 +178,8 @@ def train_pipeline(config, model, source, checkpoint):
                     save(out / "last.pt", model, optimizers, step=step, **saved)
                     last_save = time.monotonic()
                 if should_evaluate:
+                    if config.keep:
+                        save(out / f"step_{step:06d}.pt", model, [], step=step, **saved)
                     bar.write(train.summary_line(record))
             last_log, last_log_step, waited = time.perf_counter(), step, 0.0
     neighbours.close()
@@ -213,9 +197,8 @@ def main(arguments=None):
     """Train as the command line says."""
     data.keep_freed_memory()
     config, given = train.parse(train.Config, __doc__, arguments)
-    config, model, source, checkpoint = train.set_up(
-        config, given, world_size=1
-    )  # every process: whole batches
+    # Every process computes whole batches.
+    config, model, source, checkpoint = train.set_up(config, given, world_size=1)
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if config.regime != "simultaneous" or config.blocks == 1 or config.compile:
         raise ValueError("extras.pipeline is for --regime simultaneous, K > 1 and no --compile.")
