@@ -370,32 +370,28 @@ def copy_weights(source, target):
     """Copy the encoder of one Blockwise model into another, layer by layer, whatever K and regime of the two.
 
     A decoder is copied where `source` has one of the same shape after the same layer. Returns the names of the
-    parts that were copied, and of those that were not. Raises ValueError that names an encoder part whose shape
-    differs.
+    modules that are copied, and of the decoders that are not. Raises ValueError if the encoders' shapes differ.
     """
 
-    def parts(model):
+    def modules(model):
         """The modules of a model by names that do not depend on K."""
-        blocks, depth = model.blocks, model.config["depth"] // len(model.blocks)
-        encoder = {"embedding": blocks["block1"].embedding}
-        encoder |= {f"layer {number}": layer for number, layer in enumerate(model.layers, start=1)}
-        encoder["output norm"] = list(blocks.values())[-1].norm
-        decoders = {
-            f"decoder after layer {depth * k}": model.decoders[name]
-            for k, name in enumerate(blocks, start=1)
-            if name in model.decoders
-        }
-        return encoder | decoders
+        last, depth = len(model.blocks), model.config["depth"]
+        yield "embedding", model.blocks["block1"].embedding
+        yield from ((f"layer {number}", layer) for number, layer in enumerate(model.layers, start=1))
+        yield "output norm", model.blocks[f"block{last}"].norm or nn.Identity()
+        for name, decoder in model.decoders.items():
+            yield f"decoder after layer {depth // last * int(name[5:])}", decoder
 
-    def shapes(part):
-        return {name: value.shape for name, value in part.state_dict().items()} if part is not None else None
+    def shapes(module):
+        return [p.shape for p in module.parameters()]
 
-    old, copied, new = parts(source), [], []
-    for name, part in parts(target).items():
-        fits = name in old and shapes(old[name]) == shapes(part)
-        if fits and part is not None:
-            part.load_state_dict(old[name].state_dict())
-        elif not fits and not name.startswith("decoder"):
+    old, copied, new = dict(modules(source)), [], []
+    for name, module in modules(target):
+        if name in old and shapes(old[name]) == shapes(module):
+            module.load_state_dict(old[name].state_dict())
+            copied.append(name)
+        elif name.startswith("decoder"):
+            new.append(name)
+        else:
             raise ValueError(f"{name} differs in shape or is missing; choose --size, --tubelet as in --init.")
-        (copied if fits else new).append(name)
     return copied, new

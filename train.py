@@ -10,7 +10,6 @@ Römer & Dickscheid, arXiv 2601.09040, Sec. 3. The method is train_step() in blo
 """
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -31,6 +30,7 @@ import av
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -63,11 +63,11 @@ What a run writes into its folder:
   config.json   all settings
   log.jsonl     a line every few steps: step, epoch, lr, and by block loss and grad_norm of this batch (the
                 gradient norm of a block and its decoder); at step 1 and ten times more also eval_loss, the
-                loss by block on fixed clips (eval_clips says which; in fp32, all masked tokens), mean_loss, what predicting the target's
-                mean everywhere gives, and features: std over clips and effective_rank after the last block
-                that trains, which fall if the representation collapses; clips_per_s; wait, the share of time
-                spent waiting for clips; memory_mb, the most memory used so far (of the GPU if there is one)
-  recon_*.png   what every decoder reconstructs, at the same steps
+                loss by block on fixed clips (eval_clips says which; in fp32, all masked tokens), and mean_loss,
+                the loss of predicting the target's mean everywhere; clips_per_s; wait, the fraction of time
+                spent waiting for clips; memory_mb, the most memory of the GPU used so far
+  recon_*.png   one of these clips at the same steps; from the top: input, visible tubelets, target, what every
+                decoder predicts, and the last prediction with the true mean and contrast of each tubelet
   last.pt       the checkpoint: read it with blockwise.load()
 
 If something goes wrong:
@@ -239,9 +239,6 @@ def set_up(config, given, source=None, world_size=None):
             copied, new = copy_weights(load(config.init)[0], model)
             print(f"from {config.init}: {', '.join(copied)}; new: {', '.join(new) or 'nothing'}")
     tube_mask(1, model.grid, config.mask)  # raises if the ratio does not fit the grid
-    members = ("__len__", "name", "labels", "targets", "read", "fingerprint")
-    if missing := [name for name in members if source is not None and not hasattr(source, name)]:
-        raise ValueError(f"The source of clips lacks {', '.join(missing)}; data.py lists what it needs.")
     if source is None:
         source = open_videos(config, model, config.list) if config.data else data.Scenes(video=model.video)
     if checkpoint and checkpoint["data"] != source.fingerprint:
@@ -318,17 +315,10 @@ def describe(config, model, source, length):
     hardware = torch.cuda.get_device_name() if cuda else f"CPU threads: {torch.get_num_threads()}"
     print(f"{config.out}: {config.size}, {config.regime}, K = {config.blocks}")
     print(f"device: {config.device} ({hardware}), {config.dtype}")
-    if isinstance(source, data.Videos):
-        print(source.summary())
-    elif isinstance(source, data.Scenes):
-        print(f"data: {len(source)} generated clips (--data FOLDER trains on your own videos)")
-    else:
-        print(f"data: {len(source)} clips")
-    counts = count_parameters(model)
-    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    print(f"parameters: {parts}; in all {sum(counts.values()):,}")
-    if config.device == "cpu" and config.size != "nano":
-        print("the paper's sizes want a GPU; to see it run in minutes, leave out --size")
+    videos = isinstance(source, data.Videos)
+    print(source.summary() if videos else f"data: {len(source)} clips of {type(source).__name__}")
+    counts = ", ".join(f"{name} {count:,}" for name, count in count_parameters(model).items())
+    print(f"parameters: {counts}")
     print(length, flush=True)
 
 
@@ -538,7 +528,7 @@ def train(config, model, source, checkpoint=None, step_function=None):
     if stopping:
         sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
     if is_main:
-        print(next_command(config, source))
+        print(f"next, what the blocks represent: python probe.py {shlex.quote(config.out)}")
 
 
 def check_finite(losses, norms, step, clips):
@@ -555,7 +545,8 @@ def check_finite(losses, norms, step, clips):
 def rates(clips, seconds, waited):
     """What the log says of the speed since its last line, and of memory."""
     speed = {"clips_per_s": round(clips / seconds, 1), "wait": round(waited / seconds, 4)}
-    return speed | {"memory_mb": round(peak_memory())}
+    cuda = torch.cuda.is_available()
+    return speed | ({"memory_mb": round(torch.cuda.max_memory_allocated() / 2**20)} if cuda else {})
 
 
 def checkpoint_entries(config, source, total):
@@ -585,23 +576,16 @@ def open_log(path, step):
 
 def summary_line(record):
     """What the screen says of a line of the log that has an evaluation."""
-    losses = record["eval_loss"] or record["loss"]  # without decoders of pixels: of the batch
+    losses, clips, mean = (
+        record["eval_loss"],
+        f"on {record['eval_clips']}",
+        f" (mean: {record['mean_loss']:.3f})",
+    )
+    if not losses:  # no decoder predicts pixels
+        losses, clips, mean = record["loss"], "of the batch", ""
     words = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-    place = f"loss on {record['eval_clips']}" if record["eval_loss"] else "loss"
-    mean = f" (predicting the mean: {record['mean_loss']:.3f})" if record["eval_loss"] else ""
     speed = f"{record['clips_per_s']:.0f} clips/s, {record['wait']:.0%} of the time waiting for clips"
-    return f"step {record['step']}: {place}: {words}{mean}; lr {record['lr']:.1e}; {speed}"
-
-
-def peak_memory():
-    """Largest memory used so far, in MB: of the GPU if in use, else of this process; 0 where unknown."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return f"step {record['step']}: loss {clips}: {words}{mean}; lr {record['lr']:.1e}; {speed}"
 
 
 # ---- evaluation during training, and pictures ----
@@ -634,96 +618,49 @@ def eval_clips(config, model, source):
 def evaluate(model, clips, path, trained):
     """What the log says of fixed clips; the middle one is drawn into the file `path`. trained: block names.
 
-    Returns eval_loss by block ({} if decoders predict something else than pixels), eval_clips, mean_loss (of
-    predicting the target's mean everywhere) and features, after the last of these blocks: their standard
-    deviation over clips, mean over dimensions, and effective rank. Both fall when a representation collapses.
+    Returns eval_loss by block ({} if decoders predict something else than pixels), eval_clips, and mean_loss, the
+    loss of predicting the target's mean everywhere.
     """
     video, visible, masked, clips_name = clips
-    x = model.encode(video)[trained[-1]].mean(dim=1).cpu()  # (B, D)
-    if not torch.isfinite(x).all():
-        raise FloatingPointError(
-            "The features are not finite. Start anew with a lower --lr or --grad-clip 1."
-        )
-    eigenvalues = torch.linalg.svdvals(x.double() - x.double().mean(dim=0)).square()
-    p = (eigenvalues / eigenvalues.sum()).nan_to_num()
-    features = {
-        "std": x.std(dim=0, correction=min(1, len(x) - 1)).mean().item(),  # 0 for a single clip
-        "effective_rank": torch.special.entr(p).sum().exp().item(),
-    }
-    patches = gather_tokens(model.patches(video), masked)  # (B, M, P)
-    target, mean, std = normalized_targets(patches)
-    mean_loss = local_loss(target.mean().expand_as(target), target).item()
+    target, mean, std = normalized_targets(gather_tokens(model.patches(video), masked))  # (B, M, P)
     predictions = model.reconstruct(video, visible, masked)
     predictions = {name: predictions[name] for name in trained if name in predictions}
     losses = {name: local_loss(prediction, target).item() for name, prediction in predictions.items()}
-    record = {"eval_loss": losses, "eval_clips": clips_name, "mean_loss": mean_loss, "features": features}
+    mean_loss = local_loss(target.mean().expand_as(target), target).item()
     if predictions:
-        rows = picture_rows(model, clips, predictions, target, mean, std, record)
-        write_picture(path, tile(rows))
-    return record
+        i = slice(len(video) // 2, len(video) // 2 + 1)
+        clip = (video[i], visible[i], masked[i], target[i], mean[i], std[i])
+        write_png(path, picture(model, *clip, [prediction[i] for prediction in predictions.values()]))
+    return {"eval_loss": losses, "eval_clips": clips_name, "mean_loss": mean_loss}
 
 
-def picture_rows(model, clips, predictions, target, mean, std, record):
-    """{title: frames (n, H, W, C)} of the middle clip: input, visible, target, each block's prediction.
+def picture(model, video, visible, masked, target, mean, std, predictions):
+    """Rows of frames of one clip, as an image (height, width, C) uint8. Small frames are enlarged.
 
-    A prediction is of normalised tubelets, without mean and contrast: it is shown as the loss sees it. Only the
-    last row is painted with each tubelet's true mean and contrast, and its title says so.
+    From the top: input, visible tubelets, target, prediction of every decoder, and the last prediction once more
+    with the true mean and contrast of each tubelet. The rows before it are of normalised values, as in the loss.
     """
-    video, visible, masked, _ = clips
-    middle, T = len(video) // 2, video.shape[1]
-    patches = model.patches(video[middle : middle + 1]).float()  # (1, N, P)
-    visible, masked = visible[middle : middle + 1], masked[middle : middle + 1]
-
-    def paint(tokens, index, canvas):
-        filled = canvas.scatter(1, index.unsqueeze(-1).expand_as(tokens), tokens)
-        frames = unpatchify(filled, model.video, model.tubelet).clamp(0, 255).byte().cpu().numpy()
-        return frames[0, :: max(1, T // 8)]  # (n, H, W, C)
-
-    def grey(tokens):
-        return 127.5 + 50 * tokens[middle : middle + 1].float()
-
+    patches = model.patches(video)  # (1, N, P)
     dark = torch.full_like(patches, 24)
-    rows = {"input": paint(patches, torch.arange(patches.shape[1], device=patches.device)[None], dark)}
-    rows["visible"] = paint(gather_tokens(patches, visible), visible, dark)
-    rows[f"target\n\nmean predictor:\nloss {record['mean_loss']:.3f}"] = paint(grey(target), masked, dark)
-    for name, prediction in predictions.items():
-        rows[f"{name}\nloss {record['eval_loss'][name]:.3f}"] = paint(grey(prediction), masked, dark)
-    last = prediction[middle : middle + 1].float().unflatten(-1, (-1, 3))  # (1, M, P/3, 3)
-    true = (last * std[middle] + mean[middle]).flatten(2)  # (1, M, P)
-    rows[f"{name} with\nthe true mean\nand contrast\nof each tubelet"] = paint(255 * true, masked, patches)
-    return rows
+
+    def frames(tokens, index, background=dark):
+        tokens = tokens.float().clamp(0, 255).to(background.dtype)
+        filled = background.scatter(1, index.unsqueeze(-1).expand_as(tokens), tokens)
+        return unpatchify(filled, model.video, model.tubelet)[
+            0, :: max(1, model.video[0] // 8)
+        ]  # (n, H, W, C)
+
+    last = predictions[-1].float().unflatten(-1, (-1, 3)) * std + mean  # (1, M, P/3, 3)
+    rows = [video[0, :: max(1, model.video[0] // 8)], frames(gather_tokens(patches, visible), visible)]
+    rows += [frames(127.5 + 50 * tokens, masked) for tokens in (target, *predictions)]
+    rows += [frames(255 * last.flatten(2), masked, patches)]
+    zoom = max(1, 128 // model.video[1])
+    rows = [row.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2) for row in rows]
+    rows = [F.pad(row, (0, 0, 0, 4, 0, 4)).permute(1, 0, 2, 3).flatten(1, 2) for row in rows]  # 4: the gap
+    return torch.cat(rows).cpu().numpy()
 
 
-# A 3x5 pixel font: one octal digit per row of a letter.
-GLYPHS = (
-    "A25755 B65656 C34443 D65556 E74647 F74644 G34553 H55755 I72227 J11152 K55655 L44447 M57755 N65555 "
-    "O25552 P65644 Q25563 R65655 S34216 T72222 U55557 V55552 W55775 X55255 Y55222 Z71247 075557 126227 "
-    "271747 371717 455711 574717 674757 771111 875757 975717 .00002 -00700 :02020"
-)
-FONT = {glyph[0]: [int(row) for row in glyph[1:]] for glyph in GLYPHS.split()}
-
-
-def tile(rows, gap=4):
-    """One image (H, W, C) from rows of frames, {title: (n, H, W, C) uint8}. Small frames are enlarged."""
-    zoom = max(1, 128 // next(iter(rows.values())).shape[1])
-    margin = 8 * max(len(line) for title in rows for line in title.split("\n")) + 16
-    strips = []
-    for title, frames in rows.items():
-        frames = np.pad(frames.repeat(zoom, 1).repeat(zoom, 2), ((0, 0), (0, gap), (0, gap), (0, 0)))
-        strip = np.concatenate([np.zeros((frames.shape[1], margin, 3), np.uint8), *frames], axis=1)
-        lines = title.upper().split("\n")
-        top = (frames.shape[1] - gap) // 2 - 7 * len(lines)
-        for number, line in enumerate(lines):
-            letters = np.array([FONT.get(letter, [0] * 5) for letter in line], int).reshape(-1, 5)
-            bits = letters[..., None] >> np.array([2, 1, 0, 3]) & 1  # (letters, 5, 4): bit 3, the gap, is 0
-            text = bits.transpose(1, 0, 2).reshape(5, -1).repeat(2, 0).repeat(2, 1)  # 8 x 10 pixels a letter
-            place = slice(top + 14 * number, top + 14 * number + 10), slice(8, 8 + text.shape[1])
-            strip[place] = 255 * text[..., None]
-        strips.append(strip)
-    return np.concatenate(strips)
-
-
-def write_picture(path, image):
+def write_png(path, image):
     """Write an image (H, W, C) uint8 as a PNG file."""
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
     codec = av.CodecContext.create("png", "w")
@@ -734,54 +671,15 @@ def write_picture(path, image):
 # ---- command line ----
 
 
-def next_command(config, source):
-    """The next command, for a finished run."""
-    command = ["python", "probe.py", config.out]
-    if config.list:
-        command += ["--train-list", config.list, "--test-list", config.eval_list or "LIST"]
-    elif isinstance(source, data.Videos) and len(source.classes) == 1:  # nothing to tell apart
-        command += ["--features", "features.npz"]
-    return f"next, what the blocks represent: {shlex.join(command)}"
-
-
-class Screen:
-    """Standard output or error whose failure ends no run: `| tee log` may end before the run has saved."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        """Write, and go on if that fails."""
-        self.attempt(self.stream.write, text)
-
-    def flush(self):
-        """Flush, and go on if that fails."""
-        self.attempt(self.stream.flush)
-
-    def attempt(self, function, *arguments):
-        """Call a function of the stream; if the stream has ended, it leads to nowhere from then on."""
-        try:
-            function(*arguments)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
 @contextlib.contextmanager
 def error_hint(config):
     """Around training: an error prints its traceback, and then one line that says how to resume."""
     try:
-        with contextlib.redirect_stdout(Screen(sys.stdout)), contextlib.redirect_stderr(Screen(sys.stderr)):
-            yield
+        yield
     except Exception as error:
-        if data.is_user_error(error):
+        if data.is_user_error(error) or isinstance(error, BrokenPipeError):
             raise
         traceback.print_exc()
-        chain = [error, error.__context__]
-        if any(getattr(link, "errno", None) == errno.ENOSPC for link in chain):
-            print("The disk is full; free some space first.", file=sys.stderr)
         if (Path(config.out) / "last.pt").is_file():
             command = f"python {config.program} --resume --out {shlex.quote(config.out)}"
             print(f"Go on from the last checkpoint with: {command}", file=sys.stderr)

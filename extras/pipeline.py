@@ -184,7 +184,7 @@ def train_pipeline(config, model, source, checkpoint):
             last_log, last_log_step, waited = time.perf_counter(), step, 0.0
     neighbours.close()
     if is_main and not stopping:
-        print(train.next_command(config, source))
+        print(f"next, what the blocks represent: python probe.py {config.out}")
     if stopping:
         if is_main:
             command = f"torchrun --nproc-per-node {count} -m extras.pipeline --resume --out {config.out}"

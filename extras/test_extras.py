@@ -415,7 +415,7 @@ def test_the_collapse_control_has_a_latent_target_and_freezes_nothing(tmp_path):
     run(layerlock, *TINY_RUN, "--blocks", 4, "--freeze-start", -1, "--steps", 3, "--out", out)
     model = load(out)[0]
     assert model.config["decoder_values"] == model.config["width"]
-    assert not list(out.glob("recon*")) and all(line["features"]["std"] > 0 for line in log_lines(out))
+    assert not list(out.glob("recon*"))
     folder = layerlock.Config(blocks=4, freeze_start=-1).folder()
     assert folder == "runs/nano-layerlock-latent-unfrozen-4"
 
