@@ -11,6 +11,7 @@ Römer & Dickscheid, arXiv 2601.09040, Sec. 3.1. The method is train_step(); REG
 Shapes as in model.py: B batch, N tokens, V visible, M masked, P values in one tubelet, D width, K blocks.
 """
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -320,11 +321,12 @@ def objective():
     return round(local_loss(noise, normalized_targets(noise)[0]).item(), 4)
 
 
-def save(path, model, optimizers, *, step, settings, data="", total=0, **more):
+def save(path, model, optimizers, *, step, settings, data="", total=0, writer=None, **more):
     """Write a checkpoint after `step` of `total` steps.
 
     settings: a dict of builtins. data: a fingerprint of the clips that the run is trained on. more: other entries.
-    A new file is written and then takes the place of the old one: a kill at any moment leaves a whole file.
+    writer: an executor of concurrent.futures that writes the file while training goes on; its future is returned.
+    A new file is written and then replaces the old one: a kill at any moment leaves a whole file.
     """
     checkpoint = {
         "config": model.config,  # arguments of Blockwise
@@ -337,10 +339,17 @@ def save(path, model, optimizers, *, step, settings, data="", total=0, **more):
         "objective": objective(),
         **more,
     }
+    content = io.BytesIO()
+    torch.save(checkpoint, content)  # a copy: training may go on
+    return write_whole(path, content) if writer is None else writer.submit(write_whole, path, content)
+
+
+def write_whole(path, content):
+    """Write a BytesIO to a new file, which then replaces the old one."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -22,6 +22,7 @@ import traceback
 import types
 import typing
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -56,7 +57,6 @@ RECIPES = {
     "base": {"epochs": 300, "batch": 128, "lr": 1e-4},
 }
 EVAL_CLIPS = 32  # used for eval_loss and the pictures
-SAVE_SECONDS = 60  # between checkpoints
 
 MANUAL = """
 What a run writes into its folder:
@@ -72,7 +72,7 @@ What a run writes into its folder:
 
 If something goes wrong:
   The loss stays near mean_loss: normal for the first 700 to 1,000 steps of the default run, on videos longer.
-  Stopped, killed, disk full: --resume goes on from the last checkpoint, a minute old at most.
+  Stopped, killed, disk full: --resume goes on from the last checkpoint (--save-every: a minute).
   Slow on a CPU that other programs use: set OMP_NUM_THREADS=1 and --workers 0.
   Not enough memory: more --decoder-slices, a smaller --batch, fewer --workers.
   High wait in the log: more --workers.
@@ -138,6 +138,7 @@ class Config:
     compile: bool = option(False, "torch.compile blocks and decoders")
     workers: int | None = option(None, "processes that read clips (default: by the cores)", least=0, most=256)
     init: str | None = option(None, "run folder or checkpoint whose weights a new run starts from")
+    save_every: float = option(1.0, "minutes between checkpoints", least=0)
     keep: bool = option(False, "keep the weights of each evaluation, as step_000300.pt and so on")
     out: str | None = option(None, "folder of the run (default: runs/NAME, named after the settings)")
     resume: bool = option(False, "go on with the run in --out, from its checkpoint, with its settings")
@@ -158,7 +159,17 @@ class Config:
 
 
 # Settings that may change when a run is resumed: they say where it runs and where its files are.
-MAY_CHANGE = {"resume", "out", "device", "workers", "data", "list", "eval_list", "decoder_slices"}
+MAY_CHANGE = {
+    "resume",
+    "out",
+    "device",
+    "workers",
+    "save_every",
+    "data",
+    "list",
+    "eval_list",
+    "decoder_slices",
+}
 
 
 def flag(name):
@@ -436,7 +447,7 @@ def train(config, model, source, checkpoint=None, step_function=None):
     )
     batches, skipped = iter(batches), data.Skipped(source)
     last_save, last_log, last_log_step, waited = time.monotonic(), time.perf_counter(), step, 0.0
-    stopping = False
+    stopping, saving, writer = False, None, ThreadPoolExecutor(1)
     with tqdm(total=total, initial=step, unit=" steps", mininterval=1, disable=not is_main) as bar:
         while step < total and not stopping:
             # Stage and optimizers: new ones at the beginning of every stage, else those of the checkpoint.
@@ -483,7 +494,7 @@ def train(config, model, source, checkpoint=None, step_function=None):
 
             # What is due after this step. Looking at a number waits for a GPU, so only then.
             last_step, should_evaluate, should_log = due(step, total, stopping)
-            should_save = is_main and (last_step or time.monotonic() - last_save > SAVE_SECONDS)
+            should_save = is_main and (last_step or time.monotonic() - last_save > 60 * config.save_every)
             if should_log or should_save or config.device == "cpu":
                 losses, norms = ({name: x.item() for name, x in values.items()} for values in (losses, norms))
                 check_finite(losses, norms, step, [source.name(index) for index in batch["index"]])
@@ -504,9 +515,13 @@ def train(config, model, source, checkpoint=None, step_function=None):
                 log.flush()
                 last_log, last_log_step, waited = time.perf_counter(), step, 0.0
 
-            # Checkpoint: after the log, before anything is printed.
+            # Checkpoint: after the log, before anything is printed. It is written while training goes on.
             if should_save:
-                save(out / "last.pt", model, optimizers, step=step, **saved)
+                if saving:
+                    saving.result()
+                saving = save(out / "last.pt", model, optimizers, step=step, writer=writer, **saved)
+                if last_step:
+                    saving.result()
                 last_save = time.monotonic()
             if should_evaluate and is_main:
                 if config.keep:

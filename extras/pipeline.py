@@ -150,7 +150,9 @@ def train_pipeline(config, model, source, checkpoint):
             bar.update()
 
             # Process 0 decides whether to stop and save; the others hear of it after the same step.
-            decision = torch.tensor([bool(signals), time.monotonic() - last_save > train.SAVE_SECONDS]).byte()
+            decision = torch.tensor(
+                [bool(signals), time.monotonic() - last_save > 60 * config.save_every]
+            ).byte()
             if not is_main:
                 decision = neighbours.receive((2,), torch.uint8, DECISION)
             neighbours.send(decision, DECISION)

@@ -42,7 +42,6 @@ from test_all import (
     differing,
     exit_code,
     learn,
-    log_lines,
     nearest_mean,
     numbers,
     picked,
