@@ -447,8 +447,9 @@ def train(config, model, source, checkpoint=None, step_function=None):
     )
     batches, skipped = iter(batches), data.Skipped(source)
     last_save, last_log, last_log_step, waited = time.monotonic(), time.perf_counter(), step, 0.0
-    stopping, saving, writer = False, None, ThreadPoolExecutor(1)
-    with tqdm(total=total, initial=step, unit=" steps", mininterval=1, disable=not is_main) as bar:
+    stopping, saving = False, None
+    bar = tqdm(total=total, initial=step, unit=" steps", mininterval=1, disable=not is_main)
+    with bar, ThreadPoolExecutor(1) as writer:
         while step < total and not stopping:
             # Stage and optimizers: new ones at the beginning of every stage, else those of the checkpoint.
             if step == first_step or step % steps == 0:
@@ -518,10 +519,8 @@ def train(config, model, source, checkpoint=None, step_function=None):
             # Checkpoint: after the log, before anything is printed. It is written while training goes on.
             if should_save:
                 if saving:
-                    saving.result()
+                    saving.result()  # raises what went wrong
                 saving = save(out / "last.pt", model, optimizers, step=step, writer=writer, **saved)
-                if last_step:
-                    saving.result()
                 last_save = time.monotonic()
             if should_evaluate and is_main:
                 if config.keep:
@@ -531,6 +530,8 @@ def train(config, model, source, checkpoint=None, step_function=None):
                 bar.set_postfix_str("loss " + " ".join(f"{loss:.3f}" for loss in losses.values()))
 
     # The end.
+    if is_main:
+        saving.result()
     if distributed:
         dist.barrier()
         if cuda:
@@ -591,16 +592,13 @@ def open_log(path, step):
 
 def summary_line(record):
     """What the screen says of a line of the log that has an evaluation."""
-    losses, clips, mean = (
-        record["eval_loss"],
-        f"on {record['eval_clips']}",
-        f" (mean: {record['mean_loss']:.3f})",
-    )
-    if not losses:  # no decoder predicts pixels
-        losses, clips, mean = record["loss"], "of the batch", ""
+    clips = f"on {record['eval_clips']} (mean predictor {record['mean_loss']:.3f})"
+    if not record["eval_loss"]:  # no decoder predicts pixels
+        clips = "of the batch"
+    losses = record["eval_loss"] or record["loss"]
     words = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
     speed = f"{record['clips_per_s']:.0f} clips/s, {record['wait']:.0%} of the time waiting for clips"
-    return f"step {record['step']}: loss {clips}: {words}{mean}; lr {record['lr']:.1e}; {speed}"
+    return f"step {record['step']}: loss {clips}: {words}; lr {record['lr']:.1e}; {speed}"
 
 
 # ---- evaluation during training, and pictures ----
