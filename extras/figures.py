@@ -226,7 +226,9 @@ def draw_dynamics(axis, title, seeds, layers, name, untrained):
         values = [[snapshots[step]["values"][name][k] for step in steps] for snapshots in seeds]
         draw_band(axis, steps, np.array(values, float), f"layer {layer}", color=colour, marker=marker)
         if before:
-            axis.axhline(before[k], linestyle=":", color=colour, label="untrained")
+            axis.axhline(before[k], linestyle=":", color=colour)
+    if before:
+        axis.plot([], [], ":", color=GRAY, label="untrained")
     words = "accuracy of the linear probe" if name == "accuracy" else name
     axis.set(title=f"{run['regime']}, K = {run['K']}\n{title}", xlabel="step", ylabel=words)
 
@@ -303,7 +305,7 @@ def draw_snapshots(folder, analysis, groups):
     names = ("accuracy", "linear CKA with the last snapshot")
     places = [(name, title) for name in names for title in groups]
     panels = [functools.partial(draw, title=t, seeds=groups[t], name=name) for name, t in places]
-    save_figure(folder / "dynamics", panels, len(groups), sharex=True, sharey="row")
+    save_figure(folder / "dynamics", panels, len(groups), sharex="col", sharey="row")
 
 
 def draw_logs(path, runs):

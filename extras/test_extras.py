@@ -993,11 +993,11 @@ def test_dynamics_are_means_over_seeds_at_their_common_steps_of_layers_that_all_
             means = [np.mean([runs[title]["values"][name][k] for title in pair]) for pair in titles]
             assert x_and_y == (list(common), pytest.approx(means))
         assert len(axis.collections) == (4 if seeds > 1 else 0)  # bands
-        dotted = [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"]
+        dotted = [y for line in axis.lines if line.get_linestyle() == ":" for y in line.get_ydata()[:1]]
         assert dotted == (
             untrained[str(K)]["values"][name][K // 4 - 1 :: K // 4] if name == "accuracy" else []
         )
-    assert axes[0].axis() == axes[1].axis() and axes[2].axis() == axes[3].axis()  # so that they compare
+    assert axes[0].get_ylim() == axes[1].get_ylim() and axes[2].get_ylim() == axes[3].get_ylim()
 
 
 def test_curves_are_the_losses_of_the_logs(tmp_path, axes_of):
