@@ -4,8 +4,8 @@ Römer & Dickscheid, arXiv 2601.09040, Sec. 4. Needs matplotlib.
 
     python analyze.py RUN RUN RUN RUN --out runs/analysis          # measures: minutes
     python -m extras.figures runs/analysis                         # draws: seconds
-    python analyze.py RUN/step_*.pt RUN/step_*.pt --out runs/steps # of runs with --keep
-    python -m extras.figures runs/steps                            # draws dynamics
+    python analyze.py RUN/step_*.pt RUN/step_*.pt --out runs/steps # snapshots of --keep
+    python -m extras.figures runs/steps                            # draws dynamics.png
     python -m extras.figures --curves RUN RUN --out curves.png     # draws their log.jsonl
 
 Reads analysis.json (and gardener.py's prune.json, if there is one) of every folder, and writes PNG and PDF files
@@ -248,7 +248,8 @@ def save_figure(path, panels, columns=None, **sharing):
     """Write a PNG and a PDF of several panels, functions that draw on an axis. sharing: as of pyplot.subplots."""
     columns = columns or (len(panels) if len(panels) in (1, 2, 4) else 3)
     rows = -(-len(panels) // columns)
-    figure = pyplot().figure(figsize=(max(6, 4.2 * columns), 3.5 * rows + 0.8), layout="constrained")
+    figure = pyplot().figure(figsize=(max(6, 4.2 * columns), 3.5 * rows + 0.8))
+    figure.set_layout_engine("constrained", w_pad=0.1)
     axes = figure.subplots(rows, columns, squeeze=False, **sharing).flatten()
     for axis, draw in zip(axes, panels):
         draw(axis)
