@@ -944,12 +944,90 @@ def test_every_regime_has_its_own_colour_and_every_line_its_words():
     words = axis.get_legend_handles_labels()[1]
     assert words[-2:] == ["untrained", "chance"] and "simultaneous, K = 4" in words and axis.get_ylabel()
     axis = figures.pyplot().figure().add_subplot()
-    draws = {name: [[0.5, 0.3], [0.5, 0.2]] for name in figures.RANKINGS}
+    draws = {name: [[0.5, 0.3], [0.5, 0.2]] for name in ("entropy", "random", "oracle")}
     figures.draw_pruning(axis, "run", {"removed": [0, 1], "accuracy": draws})
     bands = [band.get_facecolor()[0][:3] for band in axis.collections]
     to_rgb = figures.pyplot().matplotlib.colors.to_rgb
     assert [tuple(band) for band in bands] == [to_rgb(line.get_color()) for line in axis.lines]
     figures.pyplot().close("all")
+
+
+@pytest.fixture
+def axes_of(monkeypatch):
+    """Runs figures.py; returns the axes of the last figure and their lines {label: (x, y)}."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    pyplot = figures.pyplot()
+    close = pyplot.close
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+
+    def axes_of(*arguments):
+        run(figures, *arguments)
+        axes = pyplot.gcf().axes
+        return axes, [{line.get_label(): tuple(map(list, line.get_data())) for line in a.lines} for a in axes]
+
+    yield axes_of
+    close("all")
+
+
+def test_dynamics_are_means_over_seeds_at_their_common_steps_of_layers_that_all_runs_have(tmp_path, axes_of):
+    rng, names, runs = np.random.default_rng(0), ("accuracy", "linear CKA with the last snapshot"), {}
+    steps = {"e2e-12-seed0": (1, 600, 1200), "e2e-12-seed1": (1200, 1800, 1), "sequential-4-seed0": (600, 1)}
+    for title, step in [(title, step) for title, some in steps.items() for step in some]:
+        (regime, K, seed), group = title.split("-"), title[:-6]
+        about = {"run": title, "step": step, "group": f"{group} step {step:06d}", "untrained": K}
+        about |= {"regime": regime, "seed": int(seed[-1]), "K": int(K), "depth": 12}
+        values = {name: rng.random(int(K)).tolist() for name in names}
+        runs[f"{title} step {step:06d}"] = about | {"values": values}
+    untrained = {K: {"values": {"accuracy": rng.random(int(K)).tolist()}} for K in ("12", "4")}
+    (tmp_path / "analysis.json").write_text(json.dumps({"runs": runs, "untrained": untrained, "chance": {}}))
+    axes, lines = axes_of(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"analysis.json", "dynamics.png", "dynamics.pdf"}
+    panels = itertools.product(names, (("e2e-12", 12, (1, 1200), 2), ("sequential-4", 4, (1, 600), 1)))
+    for axis, curves, (name, (group, K, common, seeds)) in zip(axes, lines, panels, strict=True):
+        assert group in axis.get_title() and name.startswith("linear CKA") == ("CKA" in axis.get_ylabel())
+        assert {label for label in curves if "layer" in label} == {f"layer {i}" for i in (3, 6, 9, 12)}
+        for layer in (3, 6, 9, 12):
+            k, x_and_y = layer * K // 12 - 1, curves[f"layer {layer}"]
+            titles = [[f"{group}-seed{seed} step {step:06d}" for seed in range(seeds)] for step in common]
+            means = [np.mean([runs[title]["values"][name][k] for title in pair]) for pair in titles]
+            assert x_and_y == (list(common), pytest.approx(means))
+        assert len(axis.collections) == (4 if seeds > 1 else 0)  # bands
+        dotted = [y for line in axis.lines if line.get_linestyle() == ":" for y in line.get_ydata()[:1]]
+        assert dotted == (
+            untrained[str(K)]["values"][name][K // 4 - 1 :: K // 4] if name == "accuracy" else []
+        )
+    assert axes[0].get_ylim() == axes[1].get_ylim() and axes[2].get_ylim() == axes[3].get_ylim()
+
+
+def test_curves_are_the_losses_of_the_logs(tmp_path, axes_of):
+    log = [{"step": step, "loss": {"block1": 1 - step / 10}} for step in (1, 2, 3)]
+    log += [{"step": step, "loss": {"block2": 1.3 - step / 10}} for step in (4, 5, 6)]
+    for i, losses in ((0, {"block1": 0.95}), (3, {"block1": 0.8, "block2": 0.85})):
+        log[i] |= {"eval_loss": losses, "mean_loss": 0.99}
+    latent = [{"step": step, "loss": {"block12": step / 5}} for step in (1, 4)]
+    latent[0] |= {"eval_loss": {"block12": 0.3}, "mean_loss": 0.99}
+    latent[1] |= {"eval_loss": {}, "mean_loss": 0.99}
+    (tmp_path / "sequential").mkdir()
+    for path, lines in (("sequential/log.jsonl", log), ("latent.jsonl", latent), ("empty.jsonl", [])):
+        (tmp_path / path).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs, out = [tmp_path / "sequential", tmp_path / "latent.jsonl"], tmp_path / "curves.png"
+    axes, lines = axes_of("--curves", *runs, "--out", out)
+    assert out.is_file() and out.with_suffix(".pdf").is_file()
+    assert [axis.get_title() for axis in axes] == ["sequential", "latent"] and axes[0].axis() == axes[
+        1
+    ].axis()
+    assert lines[0]["block1"] == ([1, 2, 3], pytest.approx([0.9, 0.8, 0.7]))
+    assert lines[0]["block2"] == ([4, 5, 6], pytest.approx([0.9, 0.8, 0.7]))
+    assert lines[0]["mean predictor"] == ([1, 4], [0.99, 0.99])
+    assert lines[1]["block12"] == ([1, 4], [0.2, 0.8]) and lines[1]["mean predictor"] == ([1], [0.99])
+    for axis, expected in zip(axes, ([(1, 0.95), (4, 0.8), (4, 0.85)], [(1, 0.3)])):
+        dots = [line for line in axis.lines if line.get_marker() == "o"]
+        assert [tuple(point) for line in dots for point in line.get_xydata()] == expected
+        colours = {line.get_label(): line.get_color() for line in axis.lines}
+        assert len({tuple(colours[block]) for block in ("block1", "block2", "block12")}) == 3
+    for nothing in (tmp_path / "empty.jsonl", tmp_path / "missing"):
+        assert "no line of a log" in refused(figures, "--curves", nothing)
+    assert "Name a folder" in refused(figures)
 
 
 # ---- finetune.py ----
