@@ -137,8 +137,11 @@ def occlude(video, patch=(16, 16), *, halves=False, blank=0, generator=None):
 class Occluded:
     """A source of clips (data.py) whose clips are occluded; the number of a clip decides the patch that stays."""
 
-    def __init__(self, source, **arguments):
-        self.source, self.arguments = source, arguments  # arguments of occlude()
+    # Differs from paper: the patch is a tubelet's, which is 16 x 16 as there in its sizes, but 8 x 8 in nano.
+    # Blank is 0, which in gratings (-1..1) is mid-grey.
+
+    def __init__(self, source, patch):
+        self.source, self.patch = source, patch
         self.labels, self.name, self.targets = source.labels, source.name, source.targets
 
     def __len__(self):
@@ -146,19 +149,10 @@ class Occluded:
 
     def read(self, index, rng=None):
         """Clip `index` of the source, occluded."""
-        video = torch.from_numpy(self.source.read(index))
-        generator = torch.Generator().manual_seed(index)
-        return occlude(video, generator=generator, **self.arguments).numpy()
-
-
-def occluded_sources(sources, model):
-    """The same clips, [(source, indices)], occluded."""
-    # Differs from paper: the patch is a tubelet's, which is 16 x 16 as there in its sizes, but 8 x 8 in nano.
-    # Blank is 0, which in gratings (-1..1) is mid-grey.
-    source, arguments = sources[0][0], {"patch": model.tubelet[1:]}
-    if isinstance(source, data.Gratings):
-        arguments |= {"halves": source.double, "blank": 128}
-    return [(Occluded(source, **arguments), indices) for source, indices in sources]
+        video, generator = torch.from_numpy(self.source.read(index)), torch.Generator().manual_seed(index)
+        stimuli = isinstance(self.source, data.Gratings)
+        look = {"halves": stimuli and self.source.double, "blank": 128 if stimuli else 0}
+        return occlude(video, self.patch, **look, generator=generator).numpy()
 
 
 def occlusion_drops(whole, occluded):
@@ -192,7 +186,7 @@ def measure(args, runs, sources):
     """
     models = probe.networks(runs, args.before_norm)
     options = {"batch": args.batch, "workers": args.workers, "device": args.device}
-    occluded = occluded_sources(sources, runs[0].model)
+    occluded = [(Occluded(source, runs[0].model.tubelet[1:]), indices) for source, indices in sources]
     x, targets, names, labels, sizes = probe.extract(models, sources, **options, measure=patch_similarity)
     folds = probe.split(targets, labels, sizes, sources[0][0])
     occluded_x, _, occluded_names, *_ = probe.extract(models, occluded, **options)

@@ -204,19 +204,18 @@ def probe_accuracy(x, targets, folds):
     for train, test in folds:
         probabilities = logistic_probe(x[train], targets[train], x[test])  # [L]
         predicted = torch.stack([p.argmax(dim=1) for p in probabilities], dim=1)
-        correct.append((predicted == targets[test]).double())
-    return {"accuracy": mean_of_folds(correct), "correct": torch.cat(correct).T.numpy()}
+        correct.append(predicted == targets[test])
+    return {"accuracy": mean_of_folds(correct), "correct": torch.cat(correct).T.double().numpy()}
 
 
 def chance_accuracy(targets, folds):
     """Accuracy [L] of always naming the commonest class of the training clips."""
-    commonest = [(targets[train].mode(dim=0).values, test) for train, test in folds]
-    return mean_of_folds([(targets[test] == classes).double() for classes, test in commonest])
+    return mean_of_folds([targets[test] == targets[train].mode(dim=0).values for train, test in folds])
 
 
 def mean_of_folds(correct):
     """[(test clips, L)] of every fold to [L]."""
-    return torch.stack([fold.mean(dim=0) for fold in correct]).mean(dim=0).tolist()
+    return torch.stack([fold.double().mean(dim=0) for fold in correct]).mean(dim=0).tolist()
 
 
 # ---- runs and clips, as the command line names them ----
@@ -307,23 +306,29 @@ def open_data(args, run, probed=True):
     run: gives the size of the clips. What the flags leave open is as in its training: the folder with its lists,
     stride, rule for short videos. probed: refuse videos that cannot be probed.
     """
-    settings, name, video = run.checkpoint["settings"], args.data, run.model.video
+    settings, name = run.checkpoint["settings"], args.data
     if name is None and settings.get("source"):
         fix = "give them to probe.main(sources=...), or take --data"
         raise ValueError(f"{run.title} was trained on clips of its own source, {settings['source']}; {fix}.")
     if name is None and settings.get("data"):
         print(f"videos and rules as in the training of {run.title} (--data names others):")
         sources = open_videos(settings["data"], args, run, probed)
-    elif name in (None, "scenes"):
-        sources = [data.Scenes("test", clips=args.clips or 3000, video=video)]
-        print(f"generated scenes: {len(sources[0])} clips")
-    elif name in GENERATED:
-        sources = [data.Gratings(double=name == "double-gratings", video=video)]
-        print(f"generated {name}: {len(sources[0])} clips")
+    elif name is None or name in GENERATED:
+        sources = [open_generated(name or "scenes", args.clips, run.model.video)]
     else:
         sources = open_videos(name, args, run, probed)
     rng = np.random.default_rng(0)
     return [(source, sorted(rng.permutation(len(source))[: args.clips].tolist())) for source in sources]
+
+
+def open_generated(name, clips, video):
+    """The generated clips of this name: a source."""
+    if name == "scenes":
+        source = data.Scenes("test", clips=clips or 3000, video=video)
+    else:
+        source = data.Gratings(double=name == "double-gratings", video=video)
+    print(f"generated {name}: {len(source)} clips")
+    return source
 
 
 def open_videos(folder, args, run, probed):
@@ -436,14 +441,14 @@ def print_scores(scores, labels, groups):
     rows = defaultdict(list)
     for (title, block), values in scores.items():
         rows[f"{groups.get(title, title)} {block}".strip()].append(values)
-    table, columns = {}, ["mean", *labels]
+    accuracy = {}
     for row, seeds in rows.items():
-        table[row] = [[np.mean(s["accuracy"]) for s in seeds], *zip(*(s["accuracy"] for s in seeds))]
-    print_table("linear probe, accuracy", columns, table)
-    table, columns = {}, ["mAP", "top1", "top5", "top10"]
-    for row, seeds in rows.items():
-        table[row] = [[np.mean(s.get(name, np.nan)) for s in seeds] for name in columns]
-    print_table("retrieval, mean of targets", columns, table)
+        accuracy[row] = [[np.mean(s["accuracy"]) for s in seeds], *zip(*(s["accuracy"] for s in seeds))]
+    print_table("linear probe, accuracy", ["mean", *labels], accuracy)
+    del rows["chance"]
+    names = ("mAP", "top1", "top5", "top10")
+    means = {row: [[np.mean(s[name]) for s in seeds] for name in names] for row, seeds in rows.items()}
+    print_table("retrieval, mean of targets", names, means)
 
 
 def write_scores(path, scores, labels):

@@ -1701,30 +1701,29 @@ def test_features_are_the_mean_tokens_of_every_block():
 @pytest.mark.parametrize("double,count", [(False, 10800), (True, 15552)])
 def test_gratings_are_the_papers(double, count):
     source, turns = data.Gratings(double=double), range(0, 360, 30)
-    assert len(source) == count
     hues = {"gray": (1, 1, 1), "red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "orange": (1, 0.5, 0)}
+    values = [range(4, 25, 4), turns, (0.5, 1, 2, 4, 6, 8), (0.2, 0.4, 0.6, 0.8, 1.0), list(hues)]
     if double:
-        names = ["sf_left", "sf_right", "theta_left", "delta", "tf", "contrast", "colour"]
         values = [(4, 10, 16), (4, 10, 16), turns, (0, 45, 90, 135), (2, 5, 8), (0.33, 0.67, 1.0)]
-    else:
-        names = ["sf", "theta", "tf", "contrast", "colour"]
-        values = [range(4, 25, 4), turns, (0.5, 1, 2, 4, 6, 8), (0.2, 0.4, 0.6, 0.8, 1.0)]
-    product = list(itertools.product(*values, list(hues)[: 4 if double else 5]))
+        values.append(list(hues)[:4])
+    product = list(itertools.product(*values))
+    assert len(source) == len(product) == count
     x, y = np.linspace(-1, 1, 128)[None, :], np.linspace(-1, 1, 128)[:, None]
     i = 9  # one frame
     for index in (0, count - 1, 1234, 7777):
-        of = dict(zip(names, product[index], strict=True))
-        assert source.stimulus(index) == of
-        halves = [(of.get("sf_left", of.get("sf")), of.get("theta_left", of.get("theta")))]
+        assert tuple(source.stimulus(index).values()) == product[index]
+        *places, tf, contrast, colour = product[index]
+        halves = [places]
         if double:
-            halves.append((of["sf_right"], (of["theta_left"] + of["delta"]) % 360))
+            sf_left, sf_right, theta, delta = places
+            halves = [(sf_left, theta), (sf_right, theta + delta)]
         expected = np.zeros((128, 128))
         for side, (sf, theta) in enumerate(halves):
             along = x * np.cos(np.deg2rad(theta)) + y * np.sin(np.deg2rad(theta))
-            wave = of["contrast"] * np.sin(2 * np.pi * sf / 2 * along + 2 * np.pi * of["tf"] / 6.25 * i)
+            wave = contrast * np.sin(2 * np.pi * sf / 2 * along + 2 * np.pi * tf / 6.25 * i)
             expected[:, 64 * side :] = wave[:, 64 * side :]
         frame = source.read(index)[i] / 127.5 - 1
-        np.testing.assert_allclose(frame, expected[..., None] * np.array(hues[of["colour"]]), atol=0.005)
+        np.testing.assert_allclose(frame, expected[..., None] * np.array(hues[colour]), atol=0.005)
 
 
 def test_double_grating_labels():
@@ -1920,15 +1919,6 @@ def test_untrained_network_is_the_same_for_all_seeds(three_runs):
     assert deeper.untrained != title
 
 
-def test_an_encoder_without_norm_and_decoders_is_a_run_like_others(tmp_path):
-    model = toy(output_norm=False, decoders=False)
-    save(tmp_path / "last.pt", model, [], step=0, settings={"regime": "e2e"})
-    [loaded] = probe.load_runs([tmp_path])
-    untrained, trained = probe.networks([loaded], before_norm=True).values()
-    assert loaded.untrained.endswith("no norm") and untrained.config == model.config
-    assert not differing(weights(trained), weights(model))
-
-
 def test_unfinished_runs_are_read_and_named(three_runs, tmp_path, capsys):
     other = shutil.copytree(three_runs / "sim-2", tmp_path / "other")
     probe.load_runs([other])
@@ -1964,13 +1954,6 @@ def test_a_run_on_videos_is_probed_on_its_own_videos(folder, tmp_path, capsys):
     assert isinstance(source, Scenes) and text.endswith("generated scenes: 3000 clips\n")
     [source], text = open_data("--data", "double-gratings")
     assert isinstance(source, data.Gratings) and text.startswith("generated double-gratings")
-
-
-def test_probe_names_what_it_leaves_out(three_runs, folder, tmp_path):
-    write_numbered(folder / "walk" / "short.avi", frames=2)
-    (folder / "walk" / "broken.avi").write_bytes(b"no video")
-    text, _ = run(probe, three_runs / "sim-2", "--workers", 0, "--data", folder, "--stride", 1)
-    assert "20 of 22 videos" in text and "walk/broken.avi" in text and "--short repeat" in text
 
 
 def test_likely_mistakes_in_a_probe_get_one_sentence(three_runs, folder, tmp_path):
@@ -2046,27 +2029,20 @@ def test_likely_mistakes_in_an_analysis_get_one_sentence(three_runs, tmp_path, m
     assert "cannot be written" in refused(analyze, *base, "--out", tmp_path / "file" / "x")
     other = shutil.copytree(three_runs / "sim-2-seed1", tmp_path / "sim-2-seed5")
     checkpoint = load(other)[1]
-    torch.save(checkpoint | {"settings": checkpoint["settings"] | {"lr": 0.5}}, other / "last.pt")
-    sentence = refused(analyze, other, *base, "--out", tmp_path / "out")
-    assert "sim-2-seed5 and sim-2 look like seeds of one run but differ in lr" in sentence
+    changes = {"lr": {"settings": checkpoint["settings"] | {"lr": 0.5}}, "clips": {"data": "others"}}
+    for name, change in (changes | {"objective": {"objective": 2.0}, "progress": {"step": 1}}).items():
+        torch.save(checkpoint | change, other / "last.pt")
+        sentence = refused(analyze, other, *base, "--out", tmp_path / "out")
+        assert f"sim-2-seed5 and sim-2 look like seeds of one run but differ in {name}" in sentence
 
 
-def test_runs_share_settings_that_change_weights_only():
-    settings = {"lr": 0.1, "seed": 0, "regime": "e2e", "out": "a", "workers": 1}
-    checkpoint = {"settings": settings, "config": {"depth": 4, "blocks": 2}, "step": 5, "total": 5}
-
-    def shared(**changes):
-        return analyze.shared_settings(SimpleNamespace(checkpoint=checkpoint | changes))
-
-    elsewhere = settings | {"seed": 1, "regime": "simultaneous", "out": "b", "workers": 9}
-    assert shared() == shared(settings=elsewhere, config={"depth": 4, "blocks": 4})
-    for change in ({"settings": settings | {"lr": 0.2}}, {"objective": 2.0}, {"data": "y"}, {"step": 4}):
-        assert shared() != shared(**change)
+def test_runs_share_all_settings_that_change_weights():
+    shape = {"size", "tubelet", "decoder_depth", "frames", "pixels"}  # stand in the model's config
+    elsewhere = {"out", "resume", "keep", "device", "workers", "compile", "decoder_slices"}
+    elsewhere |= {"data", "list", "eval_list"}  # the clips' fingerprint stands for them
+    compared = {"regime", "blocks", "seed"}
     names = {field.name for field in fields(train.Config)}
-    assert names >= set(analyze.RECIPE)  # and no other setting changes the weights, or it stands in config:
-    config, elsewhere = {"size", "tubelet", "decoder_depth", "frames", "pixels"}, {"out", "resume", "keep"}
-    elsewhere |= {"device", "workers", "compile", "decoder_slices", "data", "list", "eval_list"}
-    assert names - set(analyze.RECIPE) == config | elsewhere | {"regime", "blocks", "seed"}
+    assert names == set(analyze.RECIPE) | shape | elsewhere | compared
 
 
 def test_tables_have_columns_of_encoder_layers(capsys):
