@@ -4,6 +4,7 @@ Römer & Dickscheid, arXiv 2601.09040, Sec. 4. The linear probe and retrieval ar
 
     python analyze.py runs/nano-e2e-4 runs/nano-simultaneous-4 runs/nano-sequential-4
     python analyze.py RUN RUN --data VIDEOS --train-list train.txt --test-list test.txt
+    python analyze.py RUN/step_*.pt    # snapshots (train.py --keep): also their CKA with the last one
 
 Prints one table per measurement. Writes analysis.json (all values, by run and block) and analysis.npz (some of
 them by test clip). Runs whose folders differ only in -seed1, -seed2 are seeds of one group: one row, mean ± sd.
@@ -19,30 +20,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import data
+import probe
 from blockwise import local_loss
-from data import (
-    Gratings,
-    check_writable,
-    eval_loader,
-    json_text,
-    keep_freed_memory,
-    pick_device,
-    user_errors,
-    write_file,
-)
 from model import gather_tokens, normalized_targets, tube_mask
-from probe import (
-    chance_scores,
-    extract,
-    load_runs,
-    networks,
-    open_data,
-    parser,
-    print_table,
-    probe_accuracy,
-    score,
-    split,
-)
 
 # ---- measurements: plain tensors in, numbers out ----
 
@@ -129,8 +110,6 @@ def reconstruction_losses(model, videos, *, ratio=0.9, seed=0):
         for name, prediction in model.reconstruct(video, visible, masked).items():
             sums[name] += local_loss(prediction, target).item() * len(video)
         count += len(video)
-    if not count:
-        raise ValueError("There is no clip to read in this data.")
     return {name: total / count for name, total in sums.items()}
 
 
@@ -145,8 +124,6 @@ def occlude(video, patch=(16, 16), *, halves=False, blank=0, generator=None):
     _, H, W, _ = video.shape
     kept = torch.full_like(video, blank)
     columns = W // patch[1]
-    if halves and columns < 2:
-        raise ValueError(f"Clips {W} pixels wide have no {patch[1]} pixels to show in each half.")
     # Of an odd number of columns, the middle one lies in neither half.
     sides = [(0, columns // 2), ((columns + 1) // 2, columns)] if halves else [(0, columns)]
     for first, last in sides:
@@ -160,52 +137,35 @@ def occlude(video, patch=(16, 16), *, halves=False, blank=0, generator=None):
 class Occluded:
     """A source of clips (data.py) whose clips are occluded; the number of a clip decides the patch that stays."""
 
-    def __init__(self, source, **arguments):
-        self.source, self.arguments = source, arguments  # arguments of occlude()
+    # Differs from paper: the patch is a tubelet's, which is 16 x 16 as there in its sizes, but 8 x 8 in nano.
+    # Blank is 0, which in gratings (-1..1) is mid-grey.
+
+    def __init__(self, source, patch):
+        self.source, self.patch = source, patch
         self.labels, self.name, self.targets = source.labels, source.name, source.targets
-        self.fingerprint = source.fingerprint
 
     def __len__(self):
         return len(self.source)
 
     def read(self, index, rng=None):
         """Clip `index` of the source, occluded."""
-        video = torch.from_numpy(self.source.read(index))
-        generator = torch.Generator().manual_seed(index)
-        return occlude(video, generator=generator, **self.arguments).numpy()
+        video, generator = torch.from_numpy(self.source.read(index)), torch.Generator().manual_seed(index)
+        stimuli = isinstance(self.source, data.Gratings)
+        look = {"halves": stimuli and self.source.double, "blank": 128 if stimuli else 0}
+        return occlude(video, self.patch, **look, generator=generator).numpy()
 
 
-def occluded_sources(sources, model):
-    """The same clips, [(source, indices)], occluded."""
-    # Differs from paper: the patch is a tubelet's, which is 16 x 16 as there in its sizes, but 8 x 8 in nano.
-    # Blank is 0, which in gratings (-1..1) is mid-grey.
-    source = sources[0][0]
-    stimuli, arguments = isinstance(source, Gratings), {"patch": model.tubelet[1:]}
-    arguments |= {"halves": stimuli and source.double, "blank": 128 if stimuli else 0}
-    occlude(torch.zeros(*model.video, 3), **arguments)  # raises if clips are too narrow
-    return [(Occluded(source, **arguments), indices) for source, indices in sources]
+def occlusion_drops(whole, occluded):
+    """OccDrop of every block (Sec. 4), the share of accuracy that is lost: ([K], (K, test clips)).
 
-
-def occlusion_drop(accuracy, occluded):
-    """Share of the accuracy that is lost if the probe is retrained and tested on occluded clips."""
-    return (accuracy - occluded) / accuracy if accuracy else math.nan
-
-
-def occlusion_drops(scores, occluded, targets, folds):
-    """OccDrop of every block: ([K], (K, test clips)). The second is the effect of each test clip on the first.
-
-    scores: score() of every block on whole clips. occluded: features [(n, D)] of every block, of the same clips
-    occluded. targets: (n, L). folds: as for probe_accuracy().
+    whole, occluded: probe_accuracy() of every block, on whole clips, and retrained and tested on occluded ones.
+    The second result is the effect of each test clip on the first.
     """
-    retrained = [probe_accuracy(x, targets, folds) for x in occluded]
-    a, o = ([np.mean(s["accuracy"]) for s in probes] for probes in (scores, retrained))
-    drops = [occlusion_drop(*pair) for pair in zip(a, o)]
+    a, o = (np.array([[np.mean(s["accuracy"])] for s in probes]) for probes in (whole, occluded))  # (K, 1)
+    correct, still_correct = (np.stack([s["correct"].mean(axis=0) for s in p]) for p in (whole, occluded))
     # To first order, a clip changes 1 - o / a by this; a constant is left out, as only the spread is used.
-    a, o = (np.reshape(values, (-1, 1)) for values in (a, o))
-    correct, still_correct = (
-        np.stack([s["correct"].mean(axis=0) for s in probes]) for probes in (scores, retrained)
-    )
-    return drops, correct * o / a**2 - still_correct / a
+    effects = correct * o / a**2 - still_correct / a
+    return ((a - o) / a)[:, 0].tolist(), effects
 
 
 # ---- all measurements of some runs ----
@@ -224,12 +184,12 @@ def measure(args, runs, sources):
     Returns values {title: {measurement: [K]}}, by_clip {title: {measurement: (K, test clips)}}, chance
     {measurement: value}, and the numbers of clips {"read", "tested", "folds"}.
     """
-    models = networks(runs, args.before_norm)
+    models = probe.networks(runs, args.before_norm)
     options = {"batch": args.batch, "workers": args.workers, "device": args.device}
-    occluded = occluded_sources(sources, runs[0].model)
-    x, targets, names, labels, sizes = extract(models, sources, **options, measure=patch_similarity)
-    folds = split(targets, labels, sizes, sources[0][0])
-    occluded_x, _, occluded_names, *_ = extract(models, occluded, **options)
+    occluded = [(Occluded(source, runs[0].model.tubelet[1:]), indices) for source, indices in sources]
+    x, targets, names, labels, sizes = probe.extract(models, sources, **options, measure=patch_similarity)
+    folds = probe.split(targets, labels, sizes, sources[0][0])
+    occluded_x, _, occluded_names, *_ = probe.extract(models, occluded, **options)
     if occluded_names != names:
         raise ValueError("Some clips could not be read a second time; their disk may be gone.")
 
@@ -245,13 +205,19 @@ def measure(args, runs, sources):
         values[title] |= geometry([x[block][tested] for block in blocks])
     source, indices = sources[-1]
     some = np.random.default_rng(0).permutation(indices)[: MOST_CLIPS["reconstruction loss"]]
-    loader = eval_loader(source, indices=sorted(some.tolist()), batch=args.batch, workers=args.workers)
+    loader = data.eval_loader(source, indices=sorted(some.tolist()), batch=args.batch, workers=args.workers)
     for run in tqdm(runs, "reconstruction", leave=False):
         videos = (batch["video"] for batch in loader if batch["index"])
         losses = reconstruction_losses(run.model.to(args.device), videos)
         values[run.title]["reconstruction loss"] = [losses.get(name, math.nan) for name in run.model.blocks]
+    for run in runs:
+        snapshots = [other for other in runs if other.folder == run.folder]
+        last = max(snapshots, key=lambda other: other.checkpoint["step"])
+        if len(snapshots) > 1:
+            pairs = [(x[run.title, name][tested], x[last.title, name][tested]) for name in run.model.blocks]
+            values[run.title]["linear CKA with the last snapshot"] = [linear_cka(*pair) for pair in pairs]
     clips = {"read": len(names), "tested": len(tested), "folds": len(folds)}
-    chance = np.array(chance_scores(targets, folds)["accuracy"])  # (L,)
+    chance = np.array(probe.chance_accuracy(targets, folds))  # (L,)
     chance = {name: chance[places].mean() for name, places in accuracy_columns(labels).items()}
     return values, by_clip, chance, clips
 
@@ -270,7 +236,7 @@ def decodability(x, occluded, targets, folds, labels):
 
     x, occluded: features [(n, D)] of every block, of the same clips. labels: names of the targets.
     """
-    scores = [score(z, targets, folds) for z in x]
+    scores = [probe.score(z, targets, folds) for z in x]
     by_target = np.array([s["accuracy"] for s in scores])  # (K, L)
     correct = np.stack([s["correct"] for s in scores])  # (K, L, test clips)
     values, by_clip = {}, {}
@@ -279,7 +245,8 @@ def decodability(x, occluded, targets, folds, labels):
         if ":" not in name:
             by_clip[name] = correct[:, places].mean(axis=1)
     values["mAP"] = [float(np.mean(s["mAP"])) for s in scores]
-    values["OccDrop"], by_clip["OccDrop"] = occlusion_drops(scores, occluded, targets, folds)
+    retrained = [probe.probe_accuracy(z, targets, folds) for z in occluded]
+    values["OccDrop"], by_clip["OccDrop"] = occlusion_drops(scores, retrained)
     return values, by_clip
 
 
@@ -298,20 +265,18 @@ def geometry(x):
 
 # ---- results: analysis.json, analysis.npz and tables ----
 
-# Settings that two compared runs need not share. Regime and K are what is compared, seeds are averaged over, the
-# clips' fingerprint stands for data and list, the model's config for frames and pixels; others say where a run ran.
-NOT_SHARED = {"regime", "blocks", "seed", "frames", "pixels", "data", "list", "eval_list", "out", "resume"}
-NOT_SHARED |= {"device", "workers", "compile", "decoder_slices", "keep"}
+# Settings that compared runs share; the clips' fingerprint stands for data and list, the model's config for size.
+RECIPE = "mask decode_ratio stride short flip epochs steps batch lr min_lr warmup weight_decay beta1 beta2"
+RECIPE = [*RECIPE.split(), "grad_clip", "dtype", "init"]
 
 
 def shared_settings(run):
     """What two runs must share to be compared: architecture, recipe, clips, target and loss, progress."""
     checkpoint = run.checkpoint
-    settings = {**checkpoint["settings"], **checkpoint["config"]}
-    settings = {key: value for key, value in settings.items() if key not in NOT_SHARED}
-    settings |= {"clips": checkpoint.get("data"), "objective": checkpoint.get("objective")}
-    total = checkpoint.get("total") or checkpoint["step"] or 1
-    return settings | {"progress": checkpoint["step"] / total}
+    shared = {name: value for name, value in checkpoint["config"].items() if name not in ("blocks", "regime")}
+    shared |= {name: checkpoint["settings"].get(name) for name in RECIPE}
+    shared |= {"clips": checkpoint.get("data"), "objective": checkpoint.get("objective")}
+    return shared | {"progress": checkpoint["step"] / (checkpoint.get("total") or checkpoint["step"] or 1)}
 
 
 def check_groups(runs):
@@ -319,14 +284,10 @@ def check_groups(runs):
     first = {}
     for run in runs:
         other = first.setdefault(run.group, run)
-        a, b = (
-            {"regime": r.regime, "K": r.model.config["blocks"]} | shared_settings(r) for r in (other, run)
-        )
-        if names := [name for name in sorted(a | b) if a.get(name) != b.get(name)]:
-            titles = f"{other.title} and {run.title}"
-            raise ValueError(
-                f"{titles} look like seeds of one run but differ in {', '.join(names)}; rename one."
-            )
+        a, b = ({"regime": r.regime, "K": len(r.model.blocks)} | shared_settings(r) for r in (other, run))
+        if names := [name for name in a if a[name] != b[name]]:
+            pair = f"{other.title} and {run.title} look like seeds of one run"
+            raise ValueError(f"{pair} but differ in {', '.join(names)}; rename one.")
 
 
 def describe(args, runs, values, chance, clips):
@@ -335,19 +296,12 @@ def describe(args, runs, values, chance, clips):
     for run in runs:
         shape = {"K": run.model.config["blocks"], "depth": run.model.config["depth"]}
         untrained[run.untrained] = shape | {"values": values[run.untrained]}
-        about = {"group": run.group, "regime": run.regime, "seed": run.seed, "untrained": run.untrained}
+        about = {"group": run.group, "run": run.folder, "step": run.checkpoint["step"]}
+        about |= {"regime": run.regime, "seed": run.seed, "untrained": run.untrained}
         about |= shape | {"shared": shared_settings(run)}
         described[run.title] = about | {"values": values[run.title]}
     settings = {"settings": vars(args), "clips": clips, "chance": chance}
     return settings | {"untrained": untrained, "runs": described}
-
-
-def write_results(folder, analysis, by_clip):
-    """Write analysis.npz and analysis.json; a text that cannot be made leaves both as they were."""
-    text = json_text(analysis).encode()
-    arrays = {f"{title}/{name}": a for title, clips in by_clip.items() for name, a in clips.items()}
-    write_file(folder / "analysis.npz", lambda file: np.savez_compressed(file, **arrays))
-    write_file(folder / "analysis.json", lambda file: file.write(text))
 
 
 def print_tables(analysis):
@@ -361,20 +315,20 @@ def print_tables(analysis):
     for run in runs:
         groups.setdefault(run["group"], []).append(run)
     layers = sorted({k * run["depth"] // run["K"] for run in runs for k in range(1, run["K"] + 1)})
-    for name in next(iter(runs))["values"]:
-        chance = analysis["chance"].get(name)
+    for name in dict.fromkeys(name for run in runs for name in run["values"]):
+        chance, between_blocks = analysis["chance"].get(name), name in ("linear CKA", "RBF CKA")
         rows = {} if chance is None else {"chance": [[chance]] * len(layers)}
         for title, members in groups.items():
-            if name not in members[0]["values"]:
+            values = [run["values"][name] for run in members if name in run["values"]]
+            if not values:
                 continue
-            values = [run["values"][name] for run in members]  # [seeds][K], of CKA [seeds][K][K]
-            if "CKA" in name:
+            if between_blocks:  # [seeds][K][K] instead of [seeds][K]
                 values = [[math.nan, *np.diagonal(cka, 1)] for cka in values]
             K, depth = members[0]["K"], members[0]["depth"]
             by_layer = {depth * k // K: of_block for k, of_block in enumerate(zip(*values), start=1)}
             rows[title] = [by_layer.get(layer, [math.nan]) for layer in layers]
-        title = f"{name} with the block before" if "CKA" in name else name
-        print_table(title, [f"layer {layer}" for layer in layers], rows)
+        title = f"{name} with the block before" if between_blocks else name
+        probe.print_table(title, [f"layer {layer}" for layer in layers], rows)
 
 
 # ---- command line ----
@@ -382,24 +336,26 @@ def print_tables(analysis):
 
 def build_parser():
     """The command line of this script."""
-    flags = parser(__doc__)
+    flags = probe.parser(__doc__)
     flags.add_argument("--out", default="runs/analysis", help="folder of the results [runs/analysis]")
     return flags
 
 
-@user_errors()
+@data.user_errors()
 def main(arguments=None):
     """Write analysis.json and analysis.npz, then print the tables."""
     args = build_parser().parse_args(arguments)
-    args.device = pick_device(args.device)
-    keep_freed_memory()
-    folder, runs = Path(args.out), load_runs(args.runs)
+    args.device = data.pick_device(args.device)
+    data.keep_freed_memory()
+    folder, runs = Path(args.out), probe.load_runs(args.runs)
     check_groups(runs)
-    sources = open_data(args, runs[0])
-    check_writable(folder, folder=True)
+    sources = probe.open_data(args, runs[0])
+    data.check_writable(folder, folder=True)
     values, by_clip, chance, clips = measure(args, runs, sources)
     analysis = describe(args, runs, values, chance, clips)
-    write_results(folder, analysis, by_clip)
+    arrays = {f"{title}/{name}": a for title, of_run in by_clip.items() for name, a in of_run.items()}
+    data.write_file(folder / "analysis.npz", lambda file: np.savez_compressed(file, **arrays))
+    data.write_json(folder / "analysis.json", analysis)
     print(f"{clips['read']} clips read, {clips['tested']} of them tested on")
     for name, most in MOST_CLIPS.items():
         if most < clips["tested"]:

@@ -1,4 +1,4 @@
-"""What can be read from block k? Linear probe, retrieval and k-NN on the mean-pooled tokens of every block.
+"""What can be read from block k? Linear probe and retrieval on the mean-pooled tokens of every block.
 
 Römer & Dickscheid, arXiv 2601.09040, Sec. 4. Nothing is masked; one pass over the clips gives all features.
 
@@ -13,7 +13,6 @@ Shapes: B batch, N tokens, D width, K blocks; here n clips and L targets.
 
 import argparse
 import copy
-import os
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -76,30 +75,12 @@ def logistic_probe(train_x, train_y, test_x, *, C=1.0):
     return results if train_y.ndim > 1 else results[0]
 
 
-def accuracies(predicted, true):
-    """(accuracy, balanced accuracy): the latter is the mean per-class recall."""
-    correct = (predicted == true).double()
-    recalls = [correct[true == c].mean() for c in true.unique()]
-    return correct.mean().item(), torch.stack(recalls).mean().item()
-
-
-def knn(train_x, train_y, test_x, *, k=20):
-    """Class numbers by majority vote of the k nearest training clips in cosine; ties go to the lowest. Ours.
-
-    train_x (n, D), test_x (m, D). train_y (n,) gives (m,); (n, L), for L targets, gives (m, L).
-    """
-    train, nearest = F.normalize(train_x.double(), dim=1).T, []
-    for test in F.normalize(test_x.double(), dim=1).split(256):  # (256, m) cosines at a time
-        nearest.append((test @ train).topk(min(k, len(train_y)), dim=1).indices)
-    return train_y[torch.cat(nearest)].mode(dim=1).values
-
-
 def retrieval(x, labels, *, ks=(1, 5, 10)):
-    """Leave-one-out retrieval by cosine of raw features (Sec. 4): "mAP", "top1", "top5", "top10", "queries".
+    """Leave-one-out retrieval by cosine of raw features (Sec. 4): "mAP", "top1", "top5", "top10".
 
     Top-k: share of queries with a clip of their class among the k nearest. Ties (cosines equal to 12 decimals)
     share their last rank, as in scikit-learn's average precision; top-k takes clips of other classes first.
-    A query without another clip of its class is skipped; "queries" counts the rest. Without any, means are nan.
+    A query without another clip of its class is skipped; if all are, the scores are nan.
     x: (n, D), two clips or more. labels: (n,) gives floats; (n, L), for L targets, gives lists.
     """
     z, targets = F.normalize(x.double(), dim=1), labels.reshape(len(labels), -1).T  # (n, D), (L, n)
@@ -122,9 +103,8 @@ def retrieval(x, labels, *, ks=(1, 5, 10)):
             others = (rank - hits).gather(1, first).flatten()  # clips of other classes at least as near
             columns = torch.stack([precision, *(others < k for k in ks)], dim=1)
             rows.append(columns[count > 0])
-    scores = [torch.cat(rows) for rows in scores]
-    means = torch.stack([rows.mean(dim=0) for rows in scores], dim=1).tolist()  # [1 + len(ks)][L]
-    result = dict(zip(["mAP", *(f"top{k}" for k in ks)], means)) | {"queries": [len(rows) for rows in scores]}
+    means = torch.stack([torch.cat(rows).mean(dim=0) for rows in scores], dim=1).tolist()  # [1 + len(ks)][L]
+    result = dict(zip(["mAP", *(f"top{k}" for k in ks)], means))
     return result if labels.ndim > 1 else {name: values[0] for name, values in result.items()}
 
 
@@ -206,56 +186,41 @@ def extract(models, sources, *, batch=32, workers=0, device="cpu", measure=None)
     return features, torch.tensor(targets), names, labels, sizes
 
 
-def score(x, targets, folds, *, k=20):
-    """All scores of features x (n, D): those of probe_accuracy(), k-NN and retrieval by name, [L] each.
+def score(x, targets, folds):
+    """Linear probe and retrieval of features x (n, D): those of probe_accuracy() and retrieval().
 
-    targets: (n, L). folds: [(train indices, test indices)]; accuracies are means over them, retrieval is
-    among all their test clips. "all": [share of test clips with every target right]. k: at most the mean number
-    of training clips in a class; with more neighbours, k-NN would always name the largest class.
+    targets: (n, L). folds: [(train indices, test indices)]; retrieval is among all their test clips.
     """
-    scores = probe_accuracy(x, targets, folds)
-    k = min(k, max(1, min(len(train) for train, _ in folds) // (int(targets.max()) + 1)))
-    correct = [knn(x[train], targets[train], x[test], k=k) == targets[test] for train, test in folds]
-    scores["knn"] = torch.stack([fold.double().mean(dim=0) for fold in correct]).mean(dim=0).tolist()
-    scores["all"] = [float(scores["correct"].all(axis=0).mean())]
     tested = torch.cat([test for _, test in folds])
-    return scores | retrieval(x[tested], targets[tested])
-
-
-def chance_scores(targets, folds):
-    """Scores of always naming the commonest class of the training clips: {"accuracy": [L], "all": [share]}."""
-    correct = [targets[test] == targets[train].mode(dim=0).values for train, test in folds]  # [(m, L)]
-    accuracy = torch.stack([fold.double().mean(dim=0) for fold in correct]).mean(dim=0)  # (L,)
-    return {"accuracy": accuracy.tolist(), "all": [torch.cat(correct).all(dim=1).double().mean().item()]}
+    return probe_accuracy(x, targets, folds) | retrieval(x[tested], targets[tested])
 
 
 def probe_accuracy(x, targets, folds):
-    """Linear probe of every target: {"accuracy": [L], "balanced": [L], "train": [L], "correct": (L, m)}.
+    """Linear probe of every target: {"accuracy": [L], the mean over folds, "correct": (L, m)}.
 
-    The scores are means over folds. correct: 1 where one of the m test clips is classified rightly, else 0.
+    correct: 1 where one of the m test clips is classified rightly, else 0.
     """
-    scores, correct = [], []
+    correct = []  # by fold: (test clips, L)
     for train, test in folds:
-        probabilities = logistic_probe(x[train], targets[train], x[torch.cat([train, test])])
-        predicted = torch.stack([p.argmax(dim=1) for p in probabilities], dim=1)  # (n + m, L)
-        on_train, on_test = predicted.split([len(train), len(test)])
-        pairs = zip(on_test.T, targets[test].T, on_train.T, targets[train].T)
-        scores.append([(*accuracies(a, b), accuracies(c, d)[0]) for a, b, c, d in pairs])
-        correct.append(on_test == targets[test])
-    means = dict(zip(("accuracy", "balanced", "train"), np.mean(scores, axis=0).T.tolist()))
-    return means | {"correct": torch.cat(correct).T.double().numpy()}
+        probabilities = logistic_probe(x[train], targets[train], x[test])  # [L]
+        predicted = torch.stack([p.argmax(dim=1) for p in probabilities], dim=1)
+        correct.append(predicted == targets[test])
+    return {"accuracy": mean_of_folds(correct), "correct": torch.cat(correct).T.double().numpy()}
+
+
+def chance_accuracy(targets, folds):
+    """Accuracy [L] of always naming the commonest class of the training clips."""
+    return mean_of_folds([targets[test] == targets[train].mode(dim=0).values for train, test in folds])
+
+
+def mean_of_folds(correct):
+    """[(test clips, L)] of every fold to [L]."""
+    return torch.stack([fold.double().mean(dim=0) for fold in correct]).mean(dim=0).tolist()
 
 
 # ---- runs and clips, as the command line names them ----
 
-GENERATED = ("scenes", "gratings", "double-gratings")  # unless there is a folder of this name
-
-
-def positive_int(text):
-    """An argparse type."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return int(text)
+GENERATED = ("scenes", "gratings", "double-gratings")
 
 
 def parser(description):
@@ -267,39 +232,26 @@ def parser(description):
     add("--data", help=f"folder of videos, or {', '.join(GENERATED)} [as the first run]")
     add("--train-list", help="videos to fit on, as train.py --list [3 folds, of neighbours by name]")
     add("--test-list", help="videos to test on")
-    add(
-        "--stride", type=positive_int, help="take every stride-th frame of a video [as the first run, else 4]"
-    )
+    add("--stride", type=int, help="take every stride-th frame of a video [as the first run, else 4]")
     add("--short", choices=("drop", "repeat"), help="rule for short videos [as the first run, else drop]")
-    add(
-        "--clips",
-        type=positive_int,
-        help="use this many, drawn at random; of scenes the first [scenes: 3000]",
-    )
+    add("--clips", type=int, help="use this many, drawn at random; of scenes the first [scenes: 3000]")
     add("--before-norm", action="store_true", help="read the last block before the output LayerNorm")
-    add("--batch", type=positive_int, default=32, help="clips at a time [32]")
+    add("--batch", type=int, default=32, help="clips at a time [32]")
     add("--workers", type=int, default=workers, help=f"processes that read clips [{workers}]")
     add("--device", default="auto", help="cpu, cuda or mps [the fastest here]")
     return flags
 
 
 class Run(NamedTuple):
-    """A trained run: its folder's name, that name without the seed, the model, the checkpoint."""
+    """A trained run, or a snapshot of one."""
 
-    title: str
-    group: str
+    folder: str  # its name
+    title: str  # that name, and the step of a snapshot
+    group: str  # the title without the seed
+    regime: str  # of the training; that of the model's config only sets its shape
+    seed: int  # of the weights, the data order and the masks
     model: torch.nn.Module
     checkpoint: dict
-
-    @property
-    def regime(self):
-        """The regime of the training; that of the model's config only sets its shape."""
-        return self.checkpoint["settings"].get("regime")
-
-    @property
-    def seed(self):
-        """The seed of the weights, the data order and the masks."""
-        return self.checkpoint["settings"].get("seed", 0)
 
     @property
     def untrained(self):
@@ -314,21 +266,21 @@ def load_runs(paths):
     """Runs from their folders, or snapshots of a run. Raises ValueError if they cannot stand in one table."""
     runs = []
     for path in map(Path, paths):
-        title = (path.resolve().parent if path.is_file() else path.resolve()).name
+        folder = (path.resolve().parent if path.is_file() else path.resolve()).name
         snapshot = path.name.startswith("step_")  # kept by train.py --keep
-        title += f" {path.stem.replace('_', ' ')}" if snapshot else ""
-        run = Run(title, re.sub(r"-seed\d+(?= |$)", "", title), *load(path))
+        title = f"{folder} {path.stem.replace('_', ' ')}" if snapshot else folder
+        group = re.sub(r"-seed\d+(?= |$)", "", title)
+        model, checkpoint = load(path)
+        regime, seed = checkpoint["settings"].get("regime"), checkpoint["settings"].get("seed", 0)
         for other in runs:
-            if title == other.title:
-                raise ValueError(f"Two runs are called {title}; rename one of them.")
-            if run.model.video != other.model.video:
+            if title == other.title or (group, seed) == (other.group, other.seed):
+                raise ValueError(f"{other.title} and {title} have one name or seed ({seed}); rename one.")
+            if model.video != other.model.video:
                 raise ValueError(f"{other.title} and {title} take clips of different sizes; read them apart.")
-            if (run.group, run.seed) == (other.group, other.seed):
-                raise ValueError(f"{other.title} and {title} both have seed {run.seed}; rename one of them.")
-        step, total = run.checkpoint["step"], run.checkpoint.get("total", 0)
+        step, total = checkpoint["step"], checkpoint.get("total", 0)
         if step < total and not snapshot:
             print(f"{title} is not finished: step {step} of {total}")
-        runs.append(run)
+        runs.append(Run(folder, title, group, regime, seed, model, checkpoint))
     return runs
 
 
@@ -354,45 +306,50 @@ def open_data(args, run, probed=True):
     run: gives the size of the clips. What the flags leave open is as in its training: the folder with its lists,
     stride, rule for short videos. probed: refuse videos that cannot be probed.
     """
-    settings, video = run.checkpoint["settings"], run.model.video
-    name, lists = args.data, [args.train_list, args.test_list]
-    if bool(args.train_list) != bool(args.test_list):
-        raise ValueError("--train-list and --test-list go together; without both, 3 folds are drawn.")
+    settings, name = run.checkpoint["settings"], args.data
     if name is None and settings.get("source"):
         fix = "give them to probe.main(sources=...), or take --data"
         raise ValueError(f"{run.title} was trained on clips of its own source, {settings['source']}; {fix}.")
     if name is None and settings.get("data"):
-        name = settings["data"]
-        if not os.path.isdir(name):
-            raise ValueError(f"The folder {name} is not there; name it with --data, or take --data scenes.")
         print(f"videos and rules as in the training of {run.title} (--data names others):")
-        if not any(lists) and settings.get("list"):
-            lists = [settings["list"], settings.get("eval_list")]
-    lists = [path for path in lists if path]
-    if name is None or (name in GENERATED and not os.path.isdir(name)):
-        if lists or args.stride or args.short:
-            raise ValueError("Lists, --stride and --short are for videos; name their folder with --data.")
-        if name in (None, "scenes"):
-            sources = [data.Scenes("test", clips=args.clips or 3000, video=video)]
-        else:
-            sources = [data.Gratings(double=name == "double-gratings", video=video)]
-        print(f"generated {name or 'scenes'}: {len(sources[0])} clips")
+        sources = open_videos(settings["data"], args, run, probed)
+    elif name is None or name in GENERATED:
+        sources = [open_generated(name or "scenes", args.clips, run.model.video)]
     else:
-        stride, short = args.stride or settings.get("stride", 4), args.short or settings.get("short", "drop")
-        sources, options = [], {"video": video, "stride": stride, "short": short}
-        for list_file, paired_list in zip(lists or [None], lists[::-1] or [None]):  # each with the other
-            sources.append(data.Videos(name, list_file=list_file, paired_list=paired_list, **options))
-            print(sources[-1].summary())
-            print(f"  list: {list_file or 'none'}, stride {stride}, short videos: {short}")
-        shared = sources[0].shared(sources[1]) if len(sources) == 2 else []
-        if probed and shared:
-            raise ValueError(f"{len(shared)} videos are in both lists, as {shared[0]}; test on other ones.")
-        classes = {label for source in sources for label in source.classes}
-        if probed and len(classes) == 1:
-            fix = "sort them into folders, name labels in lists, or take probe.py's --features"
-            raise ValueError(f"All videos have the class {classes.pop()}; a probe needs two or more: {fix}.")
+        sources = open_videos(name, args, run, probed)
     rng = np.random.default_rng(0)
     return [(source, sorted(rng.permutation(len(source))[: args.clips].tolist())) for source in sources]
+
+
+def open_generated(name, clips, video):
+    """The generated clips of this name: a source."""
+    if name == "scenes":
+        source = data.Scenes("test", clips=clips or 3000, video=video)
+    else:
+        source = data.Gratings(double=name == "double-gratings", video=video)
+    print(f"generated {name}: {len(source)} clips")
+    return source
+
+
+def open_videos(folder, args, run, probed):
+    """The videos of a folder, or those of the training and of the test list: [one or two sources]."""
+    settings, lists = run.checkpoint["settings"], [args.train_list, args.test_list]
+    if args.data is None and not any(lists) and settings.get("list"):
+        lists = [settings["list"], settings.get("eval_list")]
+    lists = [path for path in lists if path] or [None]
+    stride, short = args.stride or settings.get("stride", 4), args.short or settings.get("short", "drop")
+    sources, rules = [], {"video": run.model.video, "stride": stride, "short": short}
+    for list_file, paired_list in zip(lists, reversed(lists)):
+        sources.append(data.Videos(folder, list_file=list_file, paired_list=paired_list, **rules))
+        print(sources[-1].summary())
+        print(f"  list: {list_file or 'none'}, stride {stride}, short videos: {short}")
+    shared = sources[0].shared(sources[1]) if len(sources) == 2 else []
+    if probed and shared:
+        raise ValueError(f"{len(shared)} videos are in both lists, as {shared[0]}; test on other ones.")
+    if probed and len(sources[0].classes) == 1:
+        fix = "sort them into folders, name labels in lists, or take probe.py's --features"
+        raise ValueError(f"The videos have one class, {sources[0].classes[0]}; a probe needs two: {fix}.")
+    return sources
 
 
 def split(targets, labels, sizes, source):
@@ -401,30 +358,17 @@ def split(targets, labels, sizes, source):
     Differs from paper, which tests on a fixed 30 % of UCF101's test split: the whole list is tested on.
     Videos without lists get contiguous folds. In random ones, parts of one recording, which have similar names,
     would be trained and tested on, and the probe would recognise recordings instead of classes.
-    Prints classes that no training clip has. Raises ValueError where a probe would be meaningless.
+    Prints classes that no training clip has.
     """
-    seed = None if isinstance(source, data.Videos) else 0
-    folds = [torch.arange(len(targets)).split(sizes)]
-    if len(sizes) == 1:
-        folds = stratified_folds(targets[:, 0], seed=seed)
-    too_few = sum(len(test) for _, test in folds) == 1  # retrieval needs a second one
-    unseen = defaultdict(set)
-    for train, test in folds:
-        if min(len(train), len(test)) == 0 or too_few:
-            raise ValueError(f"{len(targets)} clips are too few to fit and to test on; take more.")
-        for name, y in zip(labels, targets.T):
-            fitted, tested = set(y[train].tolist()), set(y[test].tolist())
-            if len(fitted) == 1:
-                only = f"{name} {labels[name][min(fitted)]}"
-                raise ValueError(f"All clips to fit on have {only}; a probe needs two classes or more.")
-            if not fitted & tested:
-                advice = "take two clips or more of a class, or two lists with labels of the same kind"
-                raise ValueError(f"The clips to fit and to test on have no {name} in common; {advice}.")
-            unseen[name] |= tested - fitted
-    for name, numbers in unseen.items():
-        if numbers:
-            classes = ", ".join(str(labels[name][number]) for number in sorted(numbers))
-            print(f"{name} of test clips that no training clip has, always counted as wrong: {classes}")
+    if len(sizes) == 2:
+        folds = [torch.arange(len(targets)).split(sizes)]
+    else:
+        folds = stratified_folds(targets[:, 0], seed=None if isinstance(source, data.Videos) else 0)
+    for (name, classes), y in zip(labels.items(), targets.T):
+        unseen = set().union(*(set(y[test].tolist()) - set(y[train].tolist()) for train, test in folds))
+        if unseen:
+            names = ", ".join(str(classes[number]) for number in sorted(unseen))
+            print(f"{name} of test clips that no training clip has, always counted as wrong: {names}")
     return folds
 
 
@@ -450,8 +394,7 @@ def spread(values):
 
 def build_parser():
     """The command line of this program."""
-    result, k_help = parser(__doc__), "neighbours of k-NN, at most the clips per class [20]"
-    result.add_argument("--k", type=positive_int, default=20, help=k_help)
+    result = parser(__doc__)
     output = result.add_mutually_exclusive_group()
     output.add_argument("--json", metavar="FILE.json", help="write all scores of all runs to this file, too")
     output.add_argument("--features", metavar="FILE.npz", help="write features, labels and names; no probe")
@@ -468,8 +411,10 @@ def main(arguments=None, *, sources=None):
     data.keep_freed_memory()
     device = data.pick_device(args.device)
     for path, suffix in ((args.json, ".json"), (args.features, ".npz")):
+        if path and Path(path).suffix != suffix:
+            raise ValueError(f"{path} must end in {suffix}.")
         if path:
-            check_target(path, suffix)
+            data.check_writable(path)
     runs = load_runs(args.runs)
     sources = sources or open_data(args, runs[0], probed=not args.features)
     models = {"raw pixels:": Pixels()} | networks(runs, args.before_norm)
@@ -482,9 +427,9 @@ def main(arguments=None, *, sources=None):
         return
 
     folds = split(targets, labels, sizes, sources[0][0])
-    progress = tqdm(features.items(), "probes", leave=False)
-    scores = {key: score(x, targets, folds, k=args.k) for key, x in progress}
-    scores = {("chance", ""): chance_scores(targets, folds)} | scores
+    scores = {("chance", ""): {"accuracy": chance_accuracy(targets, folds)}}
+    for key, x in tqdm(features.items(), "probes", leave=False):
+        scores[key] = score(x, targets, folds)
     if args.json:
         write_scores(args.json, scores, labels)
     print(f"{len(folds[0][0])} clips to fit, {len(folds[0][1])} to test, folds: {len(folds)}")
@@ -493,37 +438,25 @@ def main(arguments=None, *, sources=None):
 
 def print_scores(scores, labels, groups):
     """Print the tables of {(title, block): score()}; the seeds of a group {title: group} share a row."""
-    rows, names = defaultdict(list), ["accuracy", "balanced", "train", "knn", "mAP", "top1", "top5", "top10"]
+    rows = defaultdict(list)
     for (title, block), values in scores.items():
-        rows[f"{groups.get(title, title)} {block}".strip()].append(defaultdict(lambda: [np.nan], values))
-    if len(labels) > 1:
-        table = {}
-        for row, seeds in rows.items():
-            accuracy = np.array([s["accuracy"] for s in seeds])  # (seeds, L)
-            table[row] = [accuracy.mean(axis=1), *accuracy.T]
-        print_table("linear probe, test accuracy", ["mean", *labels], table)
-        columns = [*names, "all"]
-        table = {row: [[np.mean(s[name]) for s in seeds] for name in columns] for row, seeds in rows.items()}
-        print_table("mean of targets (all: every one right)", columns, table)
-    table = {row: [[s[name][0] for s in seeds] for name in names] for row, seeds in rows.items()}
-    print_table(f"{next(iter(labels))}: linear probe, k-NN, retrieval", names, table)
-
-
-def check_target(path, suffix):
-    """Raise ValueError if a file cannot be written, or exists and is no result: a checkpoint, a list, a video."""
-    path = Path(path)
-    if path.exists() and (path.suffix != suffix or path.name == "config.json"):
-        raise ValueError(f"{path} exists and is not a result of probe.py; name another file, as new{suffix}.")
-    data.check_writable(path)
+        rows[f"{groups.get(title, title)} {block}".strip()].append(values)
+    accuracy = {}
+    for row, seeds in rows.items():
+        accuracy[row] = [[np.mean(s["accuracy"]) for s in seeds], *zip(*(s["accuracy"] for s in seeds))]
+    print_table("linear probe, accuracy", ["mean", *labels], accuracy)
+    del rows["chance"]
+    names = ("mAP", "top1", "top5", "top10")
+    means = {row: [[np.mean(s[name]) for s in seeds] for name in names] for row, seeds in rows.items()}
+    print_table("retrieval, mean of targets", names, means)
 
 
 def write_scores(path, scores, labels):
-    """Write the file of --json: {title: {block: {score: {target: value or null}}}}; "all" is one value."""
+    """Write the file of --json: {title: {block: {score: {target: value or null}}}}."""
     content = defaultdict(dict)
     for (title, block), values in scores.items():
-        content[title][block] = {"all": values["all"][0]}
-        for name in (name for name in values if name not in ("all", "correct")):
-            content[title][block][name] = dict(zip(labels, values[name]))
+        by_name = {name: dict(zip(labels, by_target)) for name, by_target in values.items()}
+        content[title][block] = {name: value for name, value in by_name.items() if name != "correct"}
     data.write_json(path, content)
 
 

@@ -32,7 +32,6 @@ from tqdm import tqdm
 
 import data
 from blockwise import Blockwise, autocast, load, save
-from probe import accuracies, positive_int
 from train import learning_rate
 
 # ---- the classifier ----
@@ -248,12 +247,13 @@ def evaluate(args, classifier, source, target, classes, skipped):
         raise ValueError(f"The classifier's output is not finite; lower --lr {args.lr}.")
     readable = probabilities.sum(dim=1) > 0
     predicted, target = probabilities.argmax(dim=1)[readable], target[readable]
-    accuracy, balanced = accuracies(predicted, target)
-    scores = {"accuracy": accuracy, "balanced": balanced, "classes": {}}
+    by_class = {}
     for number in target.unique().tolist():
         correct = (predicted[target == number] == number).double()
-        scores["classes"][classes[number]] = {"accuracy": correct.mean().item(), "clips": len(correct)}
-    return scores
+        by_class[classes[number]] = {"accuracy": correct.mean().item(), "clips": len(correct)}
+    balanced = sum(scores["accuracy"] for scores in by_class.values()) / len(by_class)
+    accuracy = (predicted == target).double().mean().item()
+    return {"accuracy": accuracy, "balanced": balanced, "classes": by_class}
 
 
 def write_files(out, classifier, classes, result, progress):
@@ -277,24 +277,24 @@ def parse(arguments=None):
     add("--data", help="folder of videos, or scenes: generated clips [as the run]")
     add("--train-list", help="file of lines `path [label]`, relative to --data: videos to train on")
     add("--test-list", help="such a file of videos to test on")
-    add("--stride", type=positive_int, help="take every stride-th frame of a video [as the run]")
+    add("--stride", type=int, help="take every stride-th frame of a video [as the run]")
     add("--short", choices=("drop", "repeat"), help="rule for short videos [as the run]")
     add("--no-flip", dest="flip", action="store_false", help="no mirrored clips: for labels with a direction")
-    add("--clips", type=positive_int, default=576, help="generated clips to train on [576]")
+    add("--clips", type=int, default=576, help="generated clips to train on [576]")
     add("--label", help="of generated clips: colour, shape, size, motion or agreement [motion]")
-    add("--block", type=positive_int, help="k, the block that the classifier follows [the last]")
+    add("--block", type=int, help="k, the block that the classifier follows [the last]")
     add("--remove", type=layer_numbers, default=[], metavar="N,N,N", help="layers to leave out, from 1")
     add("--scratch", action="store_true", help="start from random weights")
     add("--frozen", action="store_true", help="train the classifier alone")
-    add("--epochs", type=positive_int, default=15, help="passes over the training clips [15]")
-    add("--batch", type=positive_int, default=16, help="clips in one optimizer step [16]")
+    add("--epochs", type=int, default=15, help="passes over the training clips [15]")
+    add("--batch", type=int, default=16, help="clips in one optimizer step [16]")
     add("--lr", type=float, help="highest learning rate, of the classifier [0.001; --frozen: 0.03]")
     add("--min-lr", type=float, default=1e-6, help="learning rate at the end of the cosine [1e-6]")
     add("--warmup", type=float, default=0.1, help="share of the steps with rising learning rate [0.1]")
     add("--weight-decay", type=float, default=0.05, help="AdamW's, of weight matrices only [0.05]")
     add("--layer-decay", type=float, help="learning rate of a layer over the next one's [0.75; --scratch: 1]")
     add("--smoothing", type=float, default=0.1, help="share of a label that is spread over all classes [0.1]")
-    add("--views", type=positive_int, default=1, help="clips per video, evenly in time, at the end [1]")
+    add("--views", type=int, default=1, help="clips per video, evenly in time, at the end [1]")
     add("--seed", type=int, default=0, help="of new weights and data order [0]")
     add("--device", default="auto", help="cpu, cuda or mps [the fastest here]")
     add("--workers", type=int, default=data.default_workers(), help="processes that read [the cores]")
