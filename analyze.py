@@ -156,7 +156,7 @@ class Occluded:
 
 
 def occlusion_drops(whole, occluded):
-    """OccDrop of every block (Sec. 4), the share of accuracy that is lost: ([K], (K, test clips)).
+    """OccDrop of every block (Sec. 4), the fraction of accuracy that is lost: ([K], (K, test clips)).
 
     whole, occluded: probe_accuracy() of every block, on whole clips, and retrained and tested on occluded ones.
     The second result is the effect of each test clip on the first.
@@ -218,7 +218,7 @@ def measure(args, runs, sources):
             values[run.title]["linear CKA with the last snapshot"] = [linear_cka(*pair) for pair in pairs]
     clips = {"read": len(names), "tested": len(tested), "folds": len(folds)}
     chance = np.array(probe.chance_accuracy(targets, folds))  # (L,)
-    chance = {name: chance[places].mean() for name, places in accuracy_columns(labels).items()}
+    chance = {name: chance[columns].mean() for name, columns in accuracy_columns(labels).items()}
     return values, by_clip, chance, clips
 
 
@@ -228,7 +228,7 @@ def accuracy_columns(labels):
     for level, members in (("high-level", HIGH), ("low-level", LOW)):
         columns[f"{level} accuracy"] = [i for i, label in enumerate(labels) if label in members]
     columns |= {f"accuracy: {label}": [i] for i, label in enumerate(labels)}
-    return {name: places for name, places in columns.items() if places}
+    return {name: numbers for name, numbers in columns.items() if numbers}
 
 
 def decodability(x, occluded, targets, folds, labels):
@@ -240,10 +240,10 @@ def decodability(x, occluded, targets, folds, labels):
     by_target = np.array([s["accuracy"] for s in scores])  # (K, L)
     correct = np.stack([s["correct"] for s in scores])  # (K, L, test clips)
     values, by_clip = {}, {}
-    for name, places in accuracy_columns(labels).items():
-        values[name] = by_target[:, places].mean(axis=1).tolist()
+    for name, columns in accuracy_columns(labels).items():
+        values[name] = by_target[:, columns].mean(axis=1).tolist()
         if ":" not in name:
-            by_clip[name] = correct[:, places].mean(axis=1)
+            by_clip[name] = correct[:, columns].mean(axis=1)
     values["mAP"] = [float(np.mean(s["mAP"])) for s in scores]
     retrained = [probe.probe_accuracy(z, targets, folds) for z in occluded]
     values["OccDrop"], by_clip["OccDrop"] = occlusion_drops(scores, retrained)

@@ -59,7 +59,7 @@ def train_step(
     the list ends: a sequential stage does not run the blocks after its own.
     video: (B, T, H, W, C) uint8. visible (B, V), masked (B, M): indices from tube_mask(), for all blocks.
     dtype: torch.bfloat16 for autocast. grad_clip: largest gradient norm of each group; None or 0: no limit.
-    slices: parts of the batch that a decoder runs in. reduce: averages gradients over processes.
+    slices: how many slices of the batch a decoder runs on, one after the other. reduce: averages gradients over processes.
     Returns (losses, norms), each {block name: 0-d tensor}: L_k of every block that trains with a decoder, and
     the gradient norm of every block that trains, decoder included.
     """
@@ -99,15 +99,15 @@ def decoder_backward(decoder, h, visible, masked, target, *, slices=1, dtype=Non
     h: (B, V, D) tokens after block k. target: (B, M, P). Returns a 0-d tensor and (B, V, D).
     """
     loss, gradients, slices = torch.zeros((), device=h.device), [], min(slices, len(h))
-    parts = (tensor.detach().tensor_split(slices) for tensor in (h, visible, masked, target))
-    for h_part, visible_part, masked_part, target_part in zip(*parts):
-        h_part.requires_grad_()  # (B / slices, V, D)
+    sliced = (tensor.detach().tensor_split(slices) for tensor in (h, visible, masked, target))
+    for h_slice, visible_slice, masked_slice, target_slice in zip(*sliced):
+        h_slice.requires_grad_()  # (B / slices, V, D)
         with autocast(h, dtype):
-            prediction = decoder(h_part, visible_part, masked_part)  # (B / slices, M, P)
-        loss_part = local_loss(prediction, target_part) * (len(h_part) / len(h))
-        loss_part.backward()
-        loss += loss_part.detach()
-        gradients.append(h_part.grad)
+            prediction = decoder(h_slice, visible_slice, masked_slice)  # (B / slices, M, P)
+        loss_slice = local_loss(prediction, target_slice) * (len(h_slice) / len(h))
+        loss_slice.backward()
+        loss += loss_slice.detach()
+        gradients.append(h_slice.grad)
     return loss, torch.cat(gradients)  # (B, V, D)
 
 
@@ -172,7 +172,7 @@ class Block(nn.Module):
         self.embedding, self.layers, self.norm = embedding, nn.ModuleList(layers), norm
 
     def forward(self, h, index):
-        """h: (B, V, D) tokens of the block before, for block 1 (B, V, P) pixels; index: (B, V), their places."""
+        """h: (B, V, D) tokens of the block before, for block 1 (B, V, P) pixels; index: (B, V), their positions."""
         if self.embedding is not None:
             h = self.embedding(h, index)  # (B, V, D)
         for layer in self.layers:
@@ -212,7 +212,7 @@ class Blockwise(nn.Module):
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         check_sizes(self.config)
         self.video, self.tubelet = tuple(video), tuple(tubelet)
-        self.grid = tuple(size // part for size, part in zip(video, tubelet))  # (t, h, w)
+        self.grid = tuple(size // step for size, step in zip(video, tubelet))  # (t, h, w)
         tokens, values = torch.Size(self.grid).numel(), torch.Size(tubelet).numel() * 3
         names = [f"block{k}" for k in range(1, blocks + 1)]
 
@@ -268,9 +268,9 @@ class Blockwise(nn.Module):
         video: (B, T, H, W, C) uint8, or float in 0..1. Raises ValueError if its size is not the model's.
         """
         h, tokens = self.patches(video), {}  # (B, N, P)
-        places = torch.arange(h.shape[1], device=h.device).expand(len(h), -1)  # (B, N)
+        index = torch.arange(h.shape[1], device=h.device).expand(len(h), -1)  # (B, N)
         for name, block in self.blocks.items():
-            h = tokens[name] = block(h, places)  # (B, N, D)
+            h = tokens[name] = block(h, index)  # (B, N, D)
         return tokens
 
     def reconstruct(self, video, visible, masked):
@@ -295,13 +295,15 @@ def check_sizes(config):
         raise ValueError(f"There is no regime {regime!r}; choose from {', '.join(REGIMES)}.")
     if blocks < 1 or depth % blocks:
         fits = ", ".join(str(k) for k in range(1, depth + 1) if depth % k == 0)
-        raise ValueError(f"{blocks} blocks cannot share {depth} layers equally; choose --blocks from {fits}.")
+        raise ValueError(
+            f"{depth} layers cannot be cut into {blocks} equal blocks; choose --blocks from {fits}."
+        )
     axes = ("frames", "pixels in height", "pixels in width")
-    for axis, size, part in zip(axes, config["video"], config["tubelet"]):
-        if part < 1 or size < part or size % part:
-            near = max(1, part, size // max(1, part) * part)
-            fix = f"try {near} or {near + part}"
-            raise ValueError(f"{size} {axis} is not a multiple of the tubelet's {part}; {fix}.")
+    for axis, size, step in zip(axes, config["video"], config["tubelet"]):
+        if step < 1 or size < step or size % step:
+            near = max(1, step, size // max(1, step) * step)
+            fix = f"try {near} or {near + step}"
+            raise ValueError(f"{size} {axis} is not a multiple of the tubelet's {step}; {fix}.")
     if torch.Size(config["tubelet"]).numel() < 2:
         raise ValueError("A tubelet of one pixel has no contrast to predict; take a larger --tubelet.")
     for width, heads in (("width", "heads"), ("decoder_width", "decoder_heads")):
@@ -310,9 +312,9 @@ def check_sizes(config):
 
 
 def count_parameters(model):
-    """Parameters by part, {"block1": n, ..., "decoder of block1": n, ...}: P_enc + K * P_dec (Sec. 3.3)."""
-    parts = dict(model.blocks.items()) | {f"decoder of {name}": d for name, d in model.decoders.items()}
-    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    """Parameters {"block1": n, ..., "decoder of block1": n, ...}: P_enc + K * P_dec (Sec. 3.3)."""
+    modules = dict(model.blocks.items()) | {f"decoder of {name}": d for name, d in model.decoders.items()}
+    return {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
 
 
 def objective():

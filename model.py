@@ -62,13 +62,13 @@ def tube_mask(batch, grid, ratio=0.9, generator=None):
     count = int(ratio * h * w)
     if not 0 < count < h * w:
         raise ValueError(
-            f"Mask ratio {ratio} masks {count} of the {h} x {w} places of a clip; at least one must be masked "
+            f"Mask ratio {ratio} masks {count} of the {h} x {w} positions of a clip; at least one must be masked "
             "and one visible: change the ratio, or take larger clips or smaller tubelets."
         )
     slots = torch.arange(t).view(1, t, 1) * (h * w)
 
-    def tubes(places):
-        return (places.sort(dim=1).values.unsqueeze(1) + slots).flatten(1)
+    def tubes(positions):
+        return (positions.sort(dim=1).values.unsqueeze(1) + slots).flatten(1)
 
     return tubes(order[:, count:]), tubes(order[:, :count])  # (B, V), (B, M)
 
@@ -154,7 +154,7 @@ class TubeletEmbedding(nn.Module):
             self.register_buffer(name, torch.tensor(colour).repeat(values // 3), persistent=False)  # (P,)
 
     def forward(self, patches, index):
-        """patches: (B, V, P) uint8, or float in 0..1; index: (B, V), their places in the grid."""
+        """patches: (B, V, P) uint8, or float in 0..1; index: (B, V), their positions in the grid."""
         x = patches / 255 if patches.dtype == torch.uint8 else patches.float()
         return self.linear((x - self.mean) / self.std) + self.positions[index]  # (B, V, D)
 

@@ -78,7 +78,7 @@ def logistic_probe(train_x, train_y, test_x, *, C=1.0):
 def retrieval(x, labels, *, ks=(1, 5, 10)):
     """Leave-one-out retrieval by cosine of raw features (Sec. 4): "mAP", "top1", "top5", "top10".
 
-    Top-k: share of queries with a clip of their class among the k nearest. Ties (cosines equal to 12 decimals)
+    Top-k: fraction of queries with a clip of their class among the k nearest. Ties (cosines equal to 12 decimals)
     share their last rank, as in scikit-learn's average precision; top-k takes clips of other classes first.
     A query without another clip of its class is skipped; if all are, the scores are nan.
     x: (n, D), two clips or more. labels: (n,) gives floats; (n, L), for L targets, gives lists.
@@ -90,7 +90,7 @@ def retrieval(x, labels, *, ks=(1, 5, 10)):
         distance.scatter_(1, queries.unsqueeze(1), torch.inf)  # the query itself comes last, and is cut off
         order = torch.from_numpy(np.argsort(distance.numpy(), axis=1))[:, :-1]  # faster than torch's sort
         distance = distance.gather(1, order)  # (q, n - 1), nearest first
-        # The rank of a clip: how many are at least as near, its place in the order or the last one tied with it.
+        # The rank of a clip: how many are at least as near: its position in the order, or the last one tied with it.
         last = F.pad(distance.diff(dim=1) > 0, (0, 1), value=True)  # (q, n - 1): of its ties
         rank = torch.arange(1, len(z)).where(last, len(z)).flip(1).cummin(dim=1).values.flip(1)
         for y, rows in zip(targets, scores):
@@ -137,10 +137,10 @@ class Pixels(torch.nn.Module):
     def encode(self, video):
         """video (B, T, H, W, C) uint8 to {"middle frame": (B, 1, 768), "frame changes": (B, 1, 768)}."""
         x = video.permute(0, 1, 4, 2, 3).float() / 255  # (B, T, C, H, W)
-        parts = {"middle frame": x[:, x.shape[1] // 2]}
+        pictures = {"middle frame": x[:, x.shape[1] // 2]}
         if x.shape[1] > 1:
-            parts["frame changes"] = x.diff(dim=1).abs().mean(dim=1)
-        return {name: F.adaptive_avg_pool2d(part, 16).flatten(1).unsqueeze(1) for name, part in parts.items()}
+            pictures["frame changes"] = x.diff(dim=1).abs().mean(dim=1)
+        return {name: F.adaptive_avg_pool2d(p, 16).flatten(1).unsqueeze(1) for name, p in pictures.items()}
 
 
 @torch.no_grad()
@@ -356,7 +356,7 @@ def split(targets, labels, sizes, source):
     """[(train indices, test indices)]: of the two lists, or 3 folds stratified on the first target (Sec. 4).
 
     Differs from paper, which tests on a fixed 30 % of UCF101's test split: the whole list is tested on.
-    Videos without lists get contiguous folds. In random ones, parts of one recording, which have similar names,
+    Videos without lists get contiguous folds. In random ones, clips of one recording, which have similar names,
     would be trained and tested on, and the probe would recognise recordings instead of classes.
     Prints classes that no training clip has.
     """

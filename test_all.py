@@ -1994,7 +1994,7 @@ def test_likely_mistakes_in_an_analysis_get_one_sentence(three_runs, tmp_path, m
 def test_runs_share_all_settings_that_change_weights():
     shape = {"size", "tubelet", "decoder_depth", "frames", "pixels"}  # stand in the model's config
     elsewhere = {"out", "resume", "keep", "device", "workers", "compile", "decoder_slices"}
-    elsewhere |= {"data", "list", "eval_list"}  # the clips' fingerprint stands for them
+    elsewhere |= {"save_every", "data", "list", "eval_list"}  # the clips' fingerprint stands for them
     compared = {"regime", "blocks", "seed"}
     names = {field.name for field in fields(train.Config)}
     assert names == set(analyze.RECIPE) | shape | elsewhere | compared

@@ -3,7 +3,7 @@
     python train.py --blocks 4                                           # generated clips, minutes on a CPU
     python train.py --blocks 4 --data VIDEOS --stride 2 --short repeat   # your own videos
     python train.py --size tiny --data UCF-101 --list trainlist01.txt    # the paper's recipe, for a GPU
-    torchrun --nproc-per-node 2 train.py ...                             # two processes share every batch
+    torchrun --nproc-per-node 2 train.py ...                             # each batch split over two processes
     python train.py --resume --out runs/NAME                             # go on with a stopped run
 
 Römer & Dickscheid, arXiv 2601.09040, Sec. 3. The method is train_step() in blockwise.py; train() feeds it.
@@ -97,7 +97,7 @@ class Config:
 
     size: Literal[tuple(SIZES)] = option("nano", "model: tiny and small are the paper's, nano suits a laptop")
     blocks: int = option(
-        4, "K, blocks of the encoder; in e2e: places where features are read", least=1, most=1000
+        4, "K, blocks of the encoder; in e2e: only where features are read", least=1, most=1000
     )
     regime: Literal[tuple(REGIMES)] = option("simultaneous", "which loss trains which block (Sec. 3.1)")
     decoder_depth: int | None = option(None, "layers of each local decoder (paper: 4; nano: 1)", least=1)
@@ -106,9 +106,9 @@ class Config:
     tubelet: tuple[int, int, int] | None = option(
         None, "frames, rows, columns of one token (paper: 8 16 16; nano: 8 8 8)", least=1
     )
-    mask: float = option(0.9, "share of the tubes that is masked", above=0, below=1)
+    mask: float = option(0.9, "fraction of the tubes that is masked", above=0, below=1)
     decode_ratio: float = option(
-        1.0, "share of the masked tokens to predict in training, at random", above=0, most=1
+        1.0, "fraction of the masked tokens to predict in training, at random", above=0, most=1
     )
 
     data: str | None = option(None, "folder of videos; without it, clips are generated")
@@ -123,10 +123,12 @@ class Config:
     epochs: float | None = option(None, "passes over the data (paper: 150, 300), in each stage", above=0)
     steps: int | None = option(None, "optimizer steps instead, in each stage (nano: 3000)", least=1)
     batch: int | None = option(None, "clips in one optimizer step (tiny, small: 128; nano: 16)", least=1)
-    decoder_slices: int | None = option(None, "parts of a batch in a decoder, to save memory", least=1)
+    decoder_slices: int | None = option(
+        None, "a decoder runs on so many slices of a batch, to save memory", least=1
+    )
     lr: float | None = option(None, "highest learning rate (paper: 1e-4; nano: 1e-3)", above=0)
     min_lr: float = option(1e-6, "learning rate at the end of the cosine", least=0)
-    warmup: float = option(0.1, "share of the steps with rising learning rate", least=0, below=1)
+    warmup: float = option(0.1, "fraction of the steps with rising learning rate", least=0, below=1)
     weight_decay: float = option(0.05, "AdamW's, of weight matrices only", least=0)
     beta1: float = option(0.9, "AdamW's, of the mean gradient", least=0, below=1)
     beta2: float = option(0.95, "AdamW's, of the mean squared gradient", least=0, below=1)
@@ -191,13 +193,13 @@ def parse(Config, manual, arguments=None):
         kind = kinds[f.name]
         if isinstance(kind, types.UnionType):  # X | None
             kind = kind.__args__[0]
-        parts = typing.get_args(kind)
+        choices = typing.get_args(kind)
         if kind is bool:
             argument = {"action": BooleanOptionalAction}
         elif typing.get_origin(kind) is Literal:
-            argument = {"choices": parts}
+            argument = {"choices": choices}
         else:
-            argument = {"type": parts[0] if parts else kind, "nargs": len(parts) or None}
+            argument = {"type": choices[0] if choices else kind, "nargs": len(choices) or None}
             argument["metavar"] = "TEXT" if kind is str else "N"
         help = f.metadata["help"] + (f" [{f.default}]" if f.default is not None else "")
         parser.add_argument(flag(f.name), default=SUPPRESS, help=help, **argument)
@@ -229,7 +231,7 @@ def check_limits(name, value, *, least=-math.inf, most=math.inf, above=-math.inf
 def set_up(config, given, source=None, world_size=None):
     """All that comes before training: (config, model, source, checkpoint or None).
 
-    source: clips of your own in place of --data, see data.py. world_size: processes that share a batch,
+    source: clips of your own in place of --data, see data.py. world_size: processes that split a batch,
     those of torchrun if None. Raises ValueError, one sentence with the fix.
     """
     config.out, model, checkpoint = config.out or config.folder(), None, None
@@ -299,7 +301,9 @@ def resolve_defaults(config, world_size=1):
     if config.min_lr > config.lr:
         raise ValueError(f"--min-lr {config.min_lr} is more than --lr {config.lr}; lower it.")
     if config.batch % world_size:
-        raise ValueError(f"{world_size} processes cannot share {config.batch} clips equally; change --batch.")
+        raise ValueError(
+            f"{config.batch} clips cannot be split equally over {world_size} processes; change --batch."
+        )
     if config.decoder_slices is None:
         config.decoder_slices = default_slices(config.batch // world_size, config.device)
 
@@ -410,7 +414,7 @@ def train(config, model, source, checkpoint=None, step_function=None):
     The other arguments are what set_up() returns. step_function: called in place of train_step(), with its
     arguments and, by name, config, step and steps.
     """
-    # Processes: under torchrun, each computes its part of every batch, and averages the gradients of a block.
+    # Processes: under torchrun, each computes one slice of every batch, and averages the gradients of a block.
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     distributed, is_main = world_size > 1, rank == 0
     cuda = config.device.startswith("cuda")
@@ -433,13 +437,13 @@ def train(config, model, source, checkpoint=None, step_function=None):
     # The folder of the run, with a checkpoint of step 0: from here on it can be resumed.
     saved = checkpoint_entries(config, source, total)
     if is_main:
-        shared = f", shared by {world_size} processes" if distributed else ""
-        describe(config, model, source, f"{total - step} steps of {config.batch} clips{shared}")
+        split = f", split over {world_size} processes" if distributed else ""
+        describe(config, model, source, f"{total - step} steps of {config.batch} clips{split}")
         clips = eval_clips(config, model, source)
         log = open_folder(out, model, step, saved, new=checkpoint is None)
     if config.compile:
-        for part in [*model.blocks.values(), *model.decoders.values()]:
-            part.compile()
+        for module in [*model.blocks.values(), *model.decoders.values()]:
+            module.compile()
 
     loader_settings = {"workers": config.workers, "rank": rank, "world_size": world_size, "pin_memory": cuda}
     batches = data.train_loader(
@@ -462,7 +466,7 @@ def train(config, model, source, checkpoint=None, step_function=None):
                 for params in optimizer.param_groups:
                     params["lr"] = lr
 
-            # Batch: this process's part; videos that cannot be read are named once.
+            # Batch: this process's slice; videos that cannot be read are named once.
             start = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - start
