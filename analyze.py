@@ -296,7 +296,7 @@ def describe(args, runs, values, chance, clips):
     for run in runs:
         shape = {"K": run.model.config["blocks"], "depth": run.model.config["depth"]}
         untrained[run.untrained] = shape | {"values": values[run.untrained]}
-        about = {"group": run.group, "run": run.folder, "step": run.checkpoint["step"]}
+        about = {"group": run.group, "run": run.folder.name, "step": run.checkpoint["step"]}
         about |= {"regime": run.regime, "seed": run.seed, "untrained": run.untrained}
         about |= shape | {"shared": shared_settings(run)}
         described[run.title] = about | {"values": values[run.title]}

@@ -245,8 +245,8 @@ def parser(description):
 class Run(NamedTuple):
     """A trained run, or a snapshot of one."""
 
-    folder: str  # its name
-    title: str  # that name, and the step of a snapshot
+    folder: Path
+    title: str  # the folder's name, and the step of a snapshot
     group: str  # the title without the seed
     regime: str  # of the training; that of the model's config only sets its shape
     seed: int  # of the weights, the data order and the masks
@@ -266,9 +266,9 @@ def load_runs(paths):
     """Runs from their folders, or snapshots of a run. Raises ValueError if they cannot stand in one table."""
     runs = []
     for path in map(Path, paths):
-        folder = (path.resolve().parent if path.is_file() else path.resolve()).name
+        folder = path.resolve().parent if path.is_file() else path.resolve()
         snapshot = path.name.startswith("step_")  # kept by train.py --keep
-        title = f"{folder} {path.stem.replace('_', ' ')}" if snapshot else folder
+        title = f"{folder.name} {path.stem.replace('_', ' ')}" if snapshot else folder.name
         group = re.sub(r"-seed\d+(?= |$)", "", title)
         model, checkpoint = load(path)
         regime, seed = checkpoint["settings"].get("regime"), checkpoint["settings"].get("seed", 0)
@@ -339,6 +339,7 @@ def open_videos(folder, args, run, probed):
     lists = [path for path in lists if path] or [None]
     stride, short = args.stride or settings.get("stride", 4), args.short or settings.get("short", "drop")
     sources, rules = [], {"video": run.model.video, "stride": stride, "short": short}
+    rules["counts_file"] = run.folder / "frames.json"
     for list_file, paired_list in zip(lists, reversed(lists)):
         sources.append(data.Videos(folder, list_file=list_file, paired_list=paired_list, **rules))
         print(sources[-1].summary())

@@ -24,6 +24,7 @@ import typing
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -57,6 +58,7 @@ RECIPES = {
     "base": {"epochs": 300, "batch": 128, "lr": 1e-4},
 }
 EVAL_CLIPS = 32  # used for eval_loss and the pictures
+UNFINISHED = ("last.pt.tmp", "frames.json")  # of a run that has not begun to train
 
 MANUAL = """
 What a run writes into its folder:
@@ -69,6 +71,7 @@ What a run writes into its folder:
   recon_*.png   one of these clips at the same steps; from the top: input, visible tubelets, target, what every
                 decoder predicts, and the last prediction with the true mean and contrast of each tubelet
   last.pt       the checkpoint: read it with blockwise.load()
+  frames.json   frames of every video, so that --resume, probe.py and analyze.py need not look at the files again
 
 If something goes wrong:
   The loss stays near mean_loss: normal for the first 700 to 1,000 steps of the default run, on videos longer.
@@ -238,13 +241,17 @@ def set_up(config, given, source=None, world_size=None):
     if config.resume:
         config, model, checkpoint = resume(config, given)
     out = Path(config.out)
-    if not config.resume and out.is_dir() and any(f.name != "last.pt.tmp" for f in out.iterdir()):
+    if not config.resume and out.is_dir() and any(f.name not in UNFINISHED for f in out.iterdir()):
         fix = "go on with its run by --resume, or " if (out / "last.pt").is_file() else ""
         raise ValueError(f"{out} is not empty; {fix}name another --out.")
     for name in ("list", "eval_list", "stride", "short"):
         if name in given and not config.data:
             raise ValueError(f"{flag(name)} is for videos; leave it out, or name their folder with --data.")
-    resolve_defaults(config, world_size or int(os.environ.get("WORLD_SIZE", "1")))
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    resolve_defaults(config, world_size or processes)
+    if processes > 1:
+        backend = "cpu:gloo,cuda:nccl" if config.device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
     if model is None:
         torch.manual_seed(config.seed)
         model = Blockwise(**config.model_arguments())
@@ -252,8 +259,14 @@ def set_up(config, given, source=None, world_size=None):
             copied, new = copy_weights(load(config.init)[0], model)
             print(f"from {config.init}: {', '.join(copied)}; new: {', '.join(new) or 'nothing'}")
     tube_mask(1, model.grid, config.mask)  # raises if the ratio does not fit the grid
+    if source is None and not config.data:
+        source = data.Scenes(video=model.video)
     if source is None:
-        source = open_videos(config, model, config.list) if config.data else data.Scenes(video=model.video)
+        if rank > 0:
+            dist.barrier()  # until process 0 has looked at the files, and written frames.json
+        source = open_videos(config, model, config.list)
+        if rank == 0 and processes > 1:
+            dist.barrier()
     if checkpoint and checkpoint["data"] != source.fingerprint:
         raise ValueError(f"{out} was started on other clips; restore them, or name another --out.")
     return config, model.to(config.device).train(), source, checkpoint
@@ -316,7 +329,8 @@ def default_slices(clips, device):
 def open_videos(config, model, list_file):
     """The videos of --data, or those that a list names."""
     rules = {"stride": config.stride, "short": config.short, "flip": config.flip}
-    return data.Videos(config.data, list_file=list_file, video=model.video, **rules)
+    counts_file = Path(config.out) / "frames.json"
+    return data.Videos(config.data, list_file=list_file, video=model.video, counts_file=counts_file, **rules)
 
 
 def steps_per_stage(config, source):
@@ -418,8 +432,6 @@ def train(config, model, source, checkpoint=None, step_function=None):
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     distributed, is_main = world_size > 1, rank == 0
     cuda = config.device.startswith("cuda")
-    if distributed:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     steps = steps_per_stage(config, source)
     step, total = checkpoint["step"] if checkpoint else 0, steps * model.stages
     first_step, out, signals = step, Path(config.out), catch_signals()
@@ -431,7 +443,8 @@ def train(config, model, source, checkpoint=None, step_function=None):
     }
 
     if step == total:
-        print(f"{out} is finished: {step} of {total} steps")
+        if is_main:
+            print(f"{out} is finished: {step} of {total} steps")
         return
 
     # The folder of the run, with a checkpoint of step 0: from here on it can be resumed.

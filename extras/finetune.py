@@ -137,6 +137,8 @@ def open_sources(args, model):
         need = "--train-list and --test-list, files of lines `path [label]`"
         raise ValueError(f"The videos in {args.data} need {need}; --data scenes takes generated clips.")
     rules = {"video": model.video, "stride": args.stride, "short": args.short, "flip": args.flip}
+    if Path(args.run).is_dir():
+        rules["counts_file"] = Path(args.run) / "frames.json"
     train = data.Videos(args.data, list_file=args.train_list, paired_list=args.test_list, **rules)
     test = data.Videos(args.data, list_file=args.test_list, paired_list=args.train_list, **rules)
     print(f"{train.summary()}\n{test.summary()}")

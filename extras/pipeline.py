@@ -108,7 +108,6 @@ def train_pipeline(config, model, source, checkpoint):
     """The loop of train.train(), of one block."""
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     is_main, out, signals = rank == 0, Path(config.out), train.catch_signals()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if config.device.startswith("cuda") else "gloo")
     neighbours = Neighbours(rank, count, config.device)
     total, first_step = train.steps_per_stage(config, source), checkpoint["step"] if checkpoint else 0
     states = checkpoint["optimizers"] if first_step else None
