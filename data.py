@@ -17,13 +17,14 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,9 +35,6 @@ from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import VideoReformatter
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-
-# More workers than cores are the user's choice.
-warnings.filterwarnings("ignore", "This DataLoader will create")
 
 # A clip source is any class with
 #     __len__()               number of clips
@@ -78,7 +76,7 @@ class Scenes:
     of a split is a pure function of (seed, split, i). Masked tubes can be predicted from the few visible
     ones, because the content is smooth and dominated by low frequencies, as in natural images.
 
-    A single frame says nothing about the motion: place (on a torus), angle and log-scale (on a circle) are
+    A single frame says nothing about the motion: position (on a torus), angle and log-scale (on a circle) are
     uniform at every frame. So an object that has grown to its largest size goes on from its smallest.
 
     split: "train" or "test". clips: how many make one epoch. video: (T, H, W).
@@ -96,17 +94,15 @@ class Scenes:
         return self.clips
 
     def name(self, index):
-        """What to call clip `index` in a message."""
         return f"generated clip {index}"
 
     def combination(self, index):
         """Colour, shape, size, motion and agreement of clip `index`."""
-        rounds, place = divmod(index, len(self.combinations))
+        rounds, position = divmod(index, len(self.combinations))
         rng = np.random.default_rng((self.seed, self.split, 0, rounds))
-        return self.combinations[rng.permutation(len(self.combinations))[place]]
+        return self.combinations[rng.permutation(len(self.combinations))[position]]
 
     def targets(self, index):
-        """The class number of clip `index` in each of `labels`."""
         pairs = zip(self.labels.values(), self.combination(index))
         return tuple(classes.index(value) for classes, value in pairs)
 
@@ -123,7 +119,7 @@ class Scenes:
 
 
 def axes(video):
-    """Share of the clip passed (T, 1), and pixel centres x (1, W) and y (1, H) in half frames, -1..1."""
+    """Fraction of the clip passed (T, 1), and pixel centres x (1, W) and y (1, H) in half frames, -1..1."""
     T, H, W = video
     x, y = ((np.arange(size)[None] + 0.5) * 2 / size - 1 for size in (W, H))
     return np.arange(T)[:, None] / T, x, y
@@ -167,9 +163,9 @@ def draw_object(frames, rng, colour, shape, size, motion):
     T, H, _, W = frames.shape
     time, x, y = axes((T, H, W))
     right, down, turns, zoom = MOTIONS[motion]
-    place = 2 * rng.random(2)
-    x = (x - place[0] - 1.2 * right * time) % 2 - 1  # (T, W): from the object's centre, on a torus
-    y = (y - place[1] - 1.2 * down * time) % 2 - 1  # (T, H)
+    position = 2 * rng.random(2)
+    x = (x - position[0] - 1.2 * right * time) % 2 - 1  # (T, W): from the object's centre, on a torus
+    y = (y - position[1] - 1.2 * down * time) % 2 - 1  # (T, H)
     radius = RADII[size] * 1.25 ** ((rng.random() + zoom * time) % 1)  # (T, 1)
     tilt = 2 * np.pi * (rng.random() + turns * time)  # (T, 1)
 
@@ -260,7 +256,6 @@ class Gratings:
         return len(self.combinations)
 
     def name(self, index):
-        """What to call clip `index`: its parameters."""
         return ", ".join(f"{name} {value}" for name, value in self.stimulus(index).items())
 
     def stimulus(self, index):
@@ -268,7 +263,6 @@ class Gratings:
         return dict(zip(self.parameters, self.combinations[index]))
 
     def targets(self, index):
-        """The class number of clip `index` in each of `labels`."""
         values = self.stimulus(index)
         if self.double:
             left, right = values["sf_left"], values["sf_right"]
@@ -302,7 +296,7 @@ EXTENSIONS = (
     "vob|webm|wmv|wtv|y4m"
 )
 READ_ERRORS = (OSError, ValueError, av.FFmpegError)  # what a broken file raises, also from inside FFmpeg
-MAX_BROKEN = 0.05  # more broken files than this share (and more than one) end a run
+MAX_BROKEN = 0.05  # more broken files than this fraction (and more than one) end a run
 
 
 class Videos:
@@ -338,8 +332,7 @@ class Videos:
         labels = read_list(list_file, self.folder) if list_file else dict.fromkeys(video_files(self.folder))
         paired = read_list(paired_list, self.folder) if paired_list else {}
         if not labels:
-            extensions = EXTENSIONS.replace("|", " ")
-            raise ValueError(f"No videos in {list_file or self.folder}; known extensions: {extensions}.")
+            raise ValueError(f"No videos in {list_file or self.folder}; known extensions: {EXTENSIONS}.")
         if not all([*labels.values(), *paired.values()]):
             labels = {path: Path(path).parent.name or self.folder.resolve().name for path in labels}
         counts = frame_counts(self.folder, list(labels))
@@ -360,11 +353,9 @@ class Videos:
         return len(self.files)
 
     def name(self, index):
-        """Path of video `index`, relative to the folder."""
         return self.files[index][0]
 
     def targets(self, index):
-        """Class number of video `index`, as a tuple of one."""
         return (self.classes.index(self.files[index][1]),)
 
     def read(self, index, rng=None):
@@ -382,8 +373,8 @@ class Videos:
         """How many videos are used, and which are left out: lines to print."""
         lines = [f"data: {len(self)} of {self.total} videos in {self.folder}, classes: {len(self.classes)}"]
         if self.too_short:
-            need = f"{self.video[0]} frames x stride {self.stride}"
-            lines.append(f"  {len(self.too_short)} left out, shorter than {need}; --short repeat keeps them")
+            count = len(self.too_short)
+            lines.append(f"  {count} left out, shorter than frames x stride; --short repeat keeps them")
         lines += [f"  broken: {name} ({reason})" for name, reason in self.broken.items()]
         return "\n".join(lines)
 
@@ -446,10 +437,8 @@ class Skipped:
 
     def __init__(self, source):
         self.total = getattr(source, "total", len(source))
-        self.broken, self.too_short = (
-            dict(getattr(source, "broken", {})),
-            dict(getattr(source, "too_short", {})),
-        )
+        self.broken = dict(getattr(source, "broken", {}))
+        self.too_short = dict(getattr(source, "too_short", {}))
 
     def update(self, batch):
         """Add those of a batch; returns a message for each new one. ValueError if too many are broken, or all."""
@@ -481,8 +470,6 @@ class Skipped:
 
 # ---- videos: the frames of a file ----
 
-MAX_PIXELS = 2**25  # of a frame; 8K has a little less
-
 
 class TooShort(ValueError):
     """A video turned out to have too few frames; `frames` says how many."""
@@ -507,7 +494,7 @@ def open_video(path):
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:
             raise ValueError("has no video stream that can be decoded here")
-        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        stream.codec_context.options = {"max_pixels": str(2**25)}  # of a frame; 8K has a little less
         stream.codec_context.thread_count = 1  # the workers are the parallelism
         yield container, stream
 
@@ -545,9 +532,9 @@ def frame_times(container, stream):
 
 
 def holds_picture(packet, stream):
-    """Whether a packet that the decoder refuses holds a picture. It is used up."""
-    if packet.size <= 1 or stream.codec_context.name != "h264":
-        return packet.size > 1  # DivX: one byte stands for the picture before
+    """Whether a packet that the decoder refuses holds a picture: one of H.264 may hold metadata only. It is used up."""
+    if stream.codec_context.name != "h264":
+        return True
     try:  # what is left without metadata, as SEI, and parameter sets
         return bool(BitStreamFilterContext("filter_units=remove_types=6-13", stream).filter(packet))
     except av.FFmpegError:
@@ -628,18 +615,17 @@ def read_clip(path, *, video=(16, 128, 128), stride=4, start=0.5, crop=(0.5, 0.5
     with open_video(path) as (container, stream):
         count, time = frame_times(container, stream)
         first = round(start * max(0, count - span))
-        frames, passed = [], 0
-        # Not after a seek: a palette comes once, with the first frame; MXF's time stamps may be wrong.
+        # No seek: a palette comes once, with the first frame; MXF's time stamps may be wrong.
         seekable = stream.codec_context.pix_fmt != "pal8" and container.format.name != "mxf"
-        if count > 0 and seekable and time(first) is not None:
-            # Seconds: a key frame may be displayed later than its place in the file says.
-            for preroll in (0, 2) if first > 0 else (0,):
-                frames, passed = take(frames_from(container, stream, time(first), preroll=preroll))
+        if first > 0 and seekable and time(first) is not None:
+            # Seconds: a key frame may be displayed later than its position in the file says.
+            for preroll in (0, 2):
+                frames, _ = take(frames_from(container, stream, time(first), preroll=preroll))
                 if len(frames) == T:
                     return np.stack(frames)  # (T, H, W, C)
-    # Where seeking fails: decode from the beginning, and count. That tells how many frames there really are; if
-    # the header has promised more, choose the place again.
-    for _ in range(0 if passed == count else 2):  # a short video has been read whole
+    # Otherwise decode from the beginning, and count. That tells how many frames there really are; if the header
+    # has promised more, choose the position again.
+    for _ in range(2):
         with open_video(path) as (container, stream):
             frames, count = take(all_frames(container, stream), first)
         if len(frames) == T or first == 0:
@@ -673,11 +659,11 @@ def upright_crop(frame, reformatter, H, W, crop):
     height, width = (frame.width, frame.height) if transpose else (frame.height, frame.width)  # upright
     scale = max(H / height, W / width)
     height, width = max(H, round(height * scale)), max(W, round(width * scale))
-    if height * width > MAX_PIXELS:
-        raise ValueError(f"its frames of {frame.width} x {frame.height} pixels are too narrow")
     stored = {"width": height, "height": width} if transpose else {"width": width, "height": height}
     scaled = reformatter.reformat(frame, format="rgb24", interpolation="BILINEAR", threads=1, **stored)
-    top, left = (min(int(place * (room + 1)), room) for place, room in zip(crop, (height - H, width - W)))
+    top, left = (
+        min(int(fraction * (room + 1)), room) for fraction, room in zip(crop, (height - H, width - W))
+    )
     pixels = scaled.to_ndarray().transpose(1, 0, 2) if transpose else scaled.to_ndarray()
     pixels = pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
     return pixels[top : top + H, left : left + W]
@@ -725,8 +711,8 @@ class TrainDataset(Dataset):
 
     def __getitem__(self, k):
         clips, skipped = len(self.source), {}
-        epoch, place = divmod(k, clips)
-        first = int(epoch_order(self.seed, epoch, clips)[place])
+        epoch, position = divmod(k, clips)
+        first = int(epoch_order(self.seed, epoch, clips)[position])
         rng = np.random.default_rng((self.seed, 1, epoch, first))
         for attempt in range(max(clips, 100)):  # few are tried again from other starts: damage may end one
             sample = read_sample(self.source, (first + attempt) % clips, rng)
@@ -769,7 +755,7 @@ def check_shared_memory(source, workers, batch, batches):
 def train_loader(source, *, batch, first=0, last, seed=0, workers=0, rank=0, world_size=1, pin_memory=False):
     """Batches of training steps first..last-1, the same for any first and any number of workers.
 
-    rank, world_size: read only the part of every batch that belongs to one of several processes.
+    rank, world_size: one of several processes, which reads its share of every batch only.
     """
     size = batch // world_size
     starts = range(first * batch + rank * size, last * batch, batch)
@@ -801,8 +787,7 @@ def pick_device(name="auto"):
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} does not work here ({why:.200}); try --device cpu.") from None
+        raise ValueError(f"--device {name} does not work here ({error!s:.200}); try --device cpu.") from None
     return name
 
 
@@ -822,19 +807,16 @@ def keep_freed_memory():
 
 def check_writable(path, folder=False):
     """ValueError if a file, or files in a folder, cannot be written: said before the work, not after it."""
-    probe = Path(path, ".writable") if folder else Path(path)
+    folder = Path(path) if folder else Path(path).parent
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        with open(probe, "ab") as file:
-            is_new = file.tell() == 0
-        if is_new:
-            probe.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error_reason(error)}); name another one.") from None
 
 
 def write_file(path, write):
-    """Call write(file) on a new file, which then takes the place of `path`: a full disk or a kill leaves the old one."""
+    """Call write(file) on a new file, which then replaces `path`: a full disk or a kill leaves the old one."""
     with open(f"{path}.tmp", "wb") as file:
         write(file)
     os.replace(f"{path}.tmp", path)
@@ -872,3 +854,9 @@ def user_errors():
             raise
         tqdm.write(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:  # workers that are left ignore SIGTERM, and Python would wait for them
+        workers = multiprocessing.active_children()
+        if workers and hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+        for worker in workers:
+            worker.kill()
