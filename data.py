@@ -328,7 +328,7 @@ class Videos:
         self.folder, self.video, self.stride = Path(folder), tuple(video), stride
         self.short, self.flip = short, flip
         if not os.path.isdir(folder):
-            raise ValueError(f"{str(folder)!r} is not a folder; --data names the folder of the videos.")
+            raise ValueError(f"{folder} is not a folder; --data names the folder of the videos.")
         labels = read_list(list_file, self.folder) if list_file else dict.fromkeys(video_files(self.folder))
         paired = read_list(paired_list, self.folder) if paired_list else {}
         if not labels:
@@ -456,7 +456,7 @@ class Skipped:
         if none_left and self.too_short:
             longest = max(self.too_short.values())
             raise ValueError(
-                f"All videos are too short for frames x stride, the longest has {longest} frames; "
+                f"All videos that can be read are too short, the longest has {longest} frames; "
                 "use a smaller --stride, or --short repeat."
             )
         if none_left or len(self.broken) > max(1, MAX_BROKEN * self.total):
@@ -509,7 +509,7 @@ def packets(container, stream):
 
 @functools.lru_cache(maxsize=20_000)  # files
 def packet_times(path, size):
-    """The sorted time stamps of a file's packets; all nan if one has none. size: in bytes, differs if it changes."""
+    """Sorted time stamps of a file's packets; all nan if one lacks. size: in bytes, tells a changed file."""
     with open_video(path) as (container, stream):
         shown = (packet for packet in packets(container, stream) if packet.size and not packet.is_discard)
         times = [packet.dts if packet.pts is None else packet.pts for packet in shown]
@@ -532,7 +532,7 @@ def frame_times(container, stream):
 
 
 def holds_picture(packet, stream):
-    """Whether a packet that the decoder refuses holds a picture: one of H.264 may hold metadata only. It is used up."""
+    """Whether a packet that the decoder refuses holds a picture; in H.264 it may be metadata. It is used up."""
     if stream.codec_context.name != "h264":
         return True
     try:  # what is left without metadata, as SEI, and parameter sets
@@ -787,7 +787,8 @@ def pick_device(name="auto"):
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} does not work here ({error!s:.200}); try --device cpu.") from None
+        why = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} does not work here ({why:.200}); try --device cpu.") from None
     return name
 
 
