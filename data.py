@@ -332,7 +332,7 @@ class Videos:
         labels = read_list(list_file, self.folder) if list_file else dict.fromkeys(video_files(self.folder))
         paired = read_list(paired_list, self.folder) if paired_list else {}
         if not labels:
-            raise ValueError(f"No videos in {list_file or self.folder}; known extensions: {EXTENSIONS}.")
+            raise ValueError(f"No videos in {list_file or self.folder}, by their extension: {EXTENSIONS}.")
         if not all([*labels.values(), *paired.values()]):
             labels = {path: Path(path).parent.name or self.folder.resolve().name for path in labels}
         counts = frame_counts(self.folder, list(labels))
@@ -480,7 +480,7 @@ class TooShort(ValueError):
 
 
 def error_reason(error):
-    """The short form of an error from Python or FFmpeg."""
+    """The message of an error from Python or FFmpeg, without its number and file name."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -509,7 +509,7 @@ def packets(container, stream):
 
 @functools.lru_cache(maxsize=20_000)  # files
 def packet_times(path, size):
-    """Sorted time stamps of a file's packets; all nan if one lacks. size: in bytes, tells a changed file."""
+    """Sorted time stamps of a file's packets; all nan if one has none. size: bytes, tells a changed file."""
     with open_video(path) as (container, stream):
         shown = (packet for packet in packets(container, stream) if packet.size and not packet.is_discard)
         times = [packet.dts if packet.pts is None else packet.pts for packet in shown]
@@ -661,9 +661,8 @@ def upright_crop(frame, reformatter, H, W, crop):
     height, width = max(H, round(height * scale)), max(W, round(width * scale))
     stored = {"width": height, "height": width} if transpose else {"width": width, "height": height}
     scaled = reformatter.reformat(frame, format="rgb24", interpolation="BILINEAR", threads=1, **stored)
-    top, left = (
-        min(int(fraction * (room + 1)), room) for fraction, room in zip(crop, (height - H, width - W))
-    )
+    rooms = (height - H, width - W)
+    top, left = (min(int(fraction * (room + 1)), room) for fraction, room in zip(crop, rooms))
     pixels = scaled.to_ndarray().transpose(1, 0, 2) if transpose else scaled.to_ndarray()
     pixels = pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
     return pixels[top : top + H, left : left + W]
@@ -755,7 +754,7 @@ def check_shared_memory(source, workers, batch, batches):
 def train_loader(source, *, batch, first=0, last, seed=0, workers=0, rank=0, world_size=1, pin_memory=False):
     """Batches of training steps first..last-1, the same for any first and any number of workers.
 
-    rank, world_size: one of several processes, which reads its share of every batch only.
+    rank, world_size: one of several processes reads its own slice of every batch.
     """
     size = batch // world_size
     starts = range(first * batch + rank * size, last * batch, batch)
@@ -769,10 +768,8 @@ def eval_loader(source, *, indices=None, batch=32, workers=0):
     """Batches of every clip once and in order, or of some; broken files are reported and left out."""
     indices = range(len(source)) if indices is None else indices
     check_shared_memory(source, workers, min(batch, len(indices)), math.ceil(len(indices) / batch))
-    loader_kwargs = {"num_workers": workers, "worker_init_fn": ignore_signals}
-    return DataLoader(
-        EvalDataset(source), batch_size=batch, sampler=indices, collate_fn=collate, **loader_kwargs
-    )
+    loader_kwargs = {"num_workers": workers, "worker_init_fn": ignore_signals, "collate_fn": collate}
+    return DataLoader(EvalDataset(source), batch_size=batch, sampler=indices, **loader_kwargs)
 
 
 # ---- for all programs ----
@@ -793,7 +790,7 @@ def pick_device(name="auto"):
 
 
 def default_workers():
-    """Processes that read clips: the cores that this process may use, shared with torchrun's other processes."""
+    """Processes that read clips: the cores that this process may use, divided by torchrun's processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
