@@ -1037,13 +1037,6 @@ with data.user_errors():
         assert re.fullmatch(end, done.stderr, re.DOTALL)
 
 
-def test_default_workers_share_the_cores(monkeypatch):
-    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: range(12), raising=False)
-    for processes, workers in ((1, 8), (4, 3), (16, 1)):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert data.default_workers() == workers
-
-
 # ---- train.py ----
 
 train.EVAL_CLIPS = 2  # so that the runs below are quick
