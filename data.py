@@ -22,11 +22,9 @@ import os
 import re
 import shutil
 import signal
-import stat
 import sys
-import time
+import tempfile
 import traceback
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,9 +35,6 @@ from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import VideoReformatter
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-
-# More workers than cores are the user's choice.
-warnings.filterwarnings("ignore", "This DataLoader will create")
 
 # A clip source is any class with
 #     __len__()               number of clips
@@ -81,7 +76,7 @@ class Scenes:
     of a split is a pure function of (seed, split, i). Masked tubes can be predicted from the few visible
     ones, because the content is smooth and dominated by low frequencies, as in natural images.
 
-    A single frame says nothing about the motion: place (on a torus), angle and log-scale (on a circle) are
+    A single frame says nothing about the motion: position (on a torus), angle and log-scale (on a circle) are
     uniform at every frame. So an object that has grown to its largest size goes on from its smallest.
 
     split: "train" or "test". clips: how many make one epoch. video: (T, H, W).
@@ -99,17 +94,15 @@ class Scenes:
         return self.clips
 
     def name(self, index):
-        """What to call clip `index` in a message."""
         return f"generated clip {index}"
 
     def combination(self, index):
         """Colour, shape, size, motion and agreement of clip `index`."""
-        rounds, place = divmod(index, len(self.combinations))
+        rounds, position = divmod(index, len(self.combinations))
         rng = np.random.default_rng((self.seed, self.split, 0, rounds))
-        return self.combinations[rng.permutation(len(self.combinations))[place]]
+        return self.combinations[rng.permutation(len(self.combinations))[position]]
 
     def targets(self, index):
-        """The class number of clip `index` in each of `labels`."""
         pairs = zip(self.labels.values(), self.combination(index))
         return tuple(classes.index(value) for classes, value in pairs)
 
@@ -126,7 +119,7 @@ class Scenes:
 
 
 def axes(video):
-    """Share of the clip passed (T, 1), and pixel centres x (1, W) and y (1, H) in half frames, -1..1."""
+    """Fraction of the clip passed (T, 1), and pixel centres x (1, W) and y (1, H) in half frames, -1..1."""
     T, H, W = video
     x, y = ((np.arange(size)[None] + 0.5) * 2 / size - 1 for size in (W, H))
     return np.arange(T)[:, None] / T, x, y
@@ -170,9 +163,9 @@ def draw_object(frames, rng, colour, shape, size, motion):
     T, H, _, W = frames.shape
     time, x, y = axes((T, H, W))
     right, down, turns, zoom = MOTIONS[motion]
-    place = 2 * rng.random(2)
-    x = (x - place[0] - 1.2 * right * time) % 2 - 1  # (T, W): from the object's centre, on a torus
-    y = (y - place[1] - 1.2 * down * time) % 2 - 1  # (T, H)
+    position = 2 * rng.random(2)
+    x = (x - position[0] - 1.2 * right * time) % 2 - 1  # (T, W): from the object's centre, on a torus
+    y = (y - position[1] - 1.2 * down * time) % 2 - 1  # (T, H)
     radius = RADII[size] * 1.25 ** ((rng.random() + zoom * time) % 1)  # (T, 1)
     tilt = 2 * np.pi * (rng.random() + turns * time)  # (T, 1)
 
@@ -263,7 +256,6 @@ class Gratings:
         return len(self.combinations)
 
     def name(self, index):
-        """What to call clip `index`: its parameters."""
         return ", ".join(f"{name} {value}" for name, value in self.stimulus(index).items())
 
     def stimulus(self, index):
@@ -271,7 +263,6 @@ class Gratings:
         return dict(zip(self.parameters, self.combinations[index]))
 
     def targets(self, index):
-        """The class number of clip `index` in each of `labels`."""
         values = self.stimulus(index)
         if self.double:
             left, right = values["sf_left"], values["sf_right"]
@@ -305,7 +296,7 @@ EXTENSIONS = (
     "vob|webm|wmv|wtv|y4m"
 )
 READ_ERRORS = (OSError, ValueError, av.FFmpegError)  # what a broken file raises, also from inside FFmpeg
-MAX_BROKEN = 0.05  # more broken files than this share (and more than one) end a run
+MAX_BROKEN = 0.05  # more broken files than this fraction (and more than one) end a run
 
 
 class Videos:
@@ -334,36 +325,27 @@ class Videos:
         short="drop",
         flip=True,
     ):
-        self.folder, self.video, self.flip = Path(folder), tuple(video), flip
-        self.stride, self.short = stride, short
-        if not str(folder) or not self.folder.is_dir():
-            raise ValueError(
-                f"{folder or 'An empty name'} is not a folder; --data names the folder of the videos."
-            )
-        labels = (
-            dict.fromkeys(video_files(self.folder)) if not list_file else read_list(list_file, self.folder)
-        )
+        self.folder, self.video, self.stride = Path(folder), tuple(video), stride
+        self.short, self.flip = short, flip
+        if not os.path.isdir(folder):
+            raise ValueError(f"{folder} is not a folder; --data names the folder of the videos.")
+        labels = read_list(list_file, self.folder) if list_file else dict.fromkeys(video_files(self.folder))
         paired = read_list(paired_list, self.folder) if paired_list else {}
         if not labels:
-            extensions = EXTENSIONS.replace("|", " ")
-            raise ValueError(f"No videos in {list_file or self.folder}; known extensions: {extensions}.")
+            raise ValueError(f"No videos in {list_file or self.folder}, by their extension: {EXTENSIONS}.")
         if not all([*labels.values(), *paired.values()]):
             labels = {path: Path(path).parent.name or self.folder.resolve().name for path in labels}
         counts = frame_counts(self.folder, list(labels))
         least = 1 if short == "repeat" else self.video[0] * stride
         left_out = {path: n for path, n in counts.items() if not isinstance(n, int) or n < least}
         self.files = [(path, label) for path, label in labels.items() if path not in left_out]
-        self.total, self.broken, self.too_short = len(labels), {}, {}
+        self.total = len(labels)
         skipped = Skipped(self)
         skipped.update({"skipped": left_out, "missing": not self.files})
         self.broken, self.too_short = skipped.broken, skipped.too_short
         names = {label for _, label in self.files}
-        numbers = all(map(str.isdecimal, names))
-        self.classes = tuple(
-            sorted(names, key=lambda name: (int(name) if numbers else 0, name.lower(), name))
-        )
+        self.classes = tuple(sorted(names, key=lambda name: (name.lower(), name)))
         self.labels = {"class": self.classes}
-        # Names the videos and their order.
         paths = "\n".join(path for path, _ in self.files)
         self.fingerprint = hashlib.sha256(paths.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -371,11 +353,9 @@ class Videos:
         return len(self.files)
 
     def name(self, index):
-        """Path of video `index`, relative to the folder."""
         return self.files[index][0]
 
     def targets(self, index):
-        """Class number of video `index`, as a tuple of one."""
         return (self.classes.index(self.files[index][1]),)
 
     def read(self, index, rng=None):
@@ -393,8 +373,8 @@ class Videos:
         """How many videos are used, and which are left out: lines to print."""
         lines = [f"data: {len(self)} of {self.total} videos in {self.folder}, classes: {len(self.classes)}"]
         if self.too_short:
-            need = f"{self.video[0]} frames x stride {self.stride}"
-            lines.append(f"  {len(self.too_short)} left out, shorter than {need}; --short repeat keeps them")
+            count = len(self.too_short)
+            lines.append(f"  {count} left out, shorter than frames x stride; --short repeat keeps them")
         lines += [f"  broken: {name} ({reason})" for name, reason in self.broken.items()]
         return "\n".join(lines)
 
@@ -405,48 +385,35 @@ class Videos:
 
 
 def video_files(folder):
-    """Paths of all videos below a folder, relative to it, by extension in any case, sorted; none hidden.
+    """Sorted paths of all videos below a folder, relative to it, by extension in any case; none hidden.
 
-    Links to folders are followed, after all real folders; no folder is read twice, so loops of links end.
-    A folder that holds a run (last.pt) is skipped: its files are results, not data.
+    Links to folders are followed; no folder is read twice. A folder that holds a run (last.pt) is skipped: its
+    files are results, not data.
     """
     video = re.compile(rf"[^.].*\.({EXTENSIONS})", re.IGNORECASE | re.DOTALL)
-    paths, visited, queue = [], set(), [folder]
-    for start in queue:  # which grows by links to folders
-        for root, folders, files in os.walk(start):
-            if os.path.realpath(root) in visited or "last.pt" in files:
-                folders.clear()
-                continue
-            visited.add(os.path.realpath(root))
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            queue += [Path(root, name) for name in folders if Path(root, name).is_symlink()]
-            paths += [Path(root, file).relative_to(folder) for file in files if video.fullmatch(file)]
+    paths, visited = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in visited or "last.pt" in files:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(root))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths += [Path(root, file).relative_to(folder) for file in files if video.fullmatch(file)]
     return [path.as_posix() for path in sorted(paths)]
 
 
 def read_list(list_file, folder):
-    """{path relative to folder: label or None} of a list file; a video with several spellings counts once."""
+    """{path relative to folder: label or None} of a list file."""
     try:
         text = Path(list_file).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise ValueError(f"Cannot read the list {list_file}: {error_reason(error)}.") from None
-    if "\0" in text:
-        raise ValueError(f"Cannot read the list {list_file}: it is no text in UTF-8; save it as such.")
-    entry = re.compile(rf"(.*\.(?:{EXTENSIONS}))(?:\s+(.*))?", re.IGNORECASE)
-    root, spellings, labels, missing = Path(os.path.abspath(folder)), {}, {}, []
-    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
-        if not line:
-            continue
+    entry, labels = re.compile(rf"(.*\.(?:{EXTENSIONS}))(?:\s+(.*))?", re.IGNORECASE), {}
+    for line in filter(None, map(str.strip, text.splitlines())):
         name, label = match.groups() if (match := entry.fullmatch(line)) else (line, None)
-        path = Path(name).relative_to(root) if Path(name).is_relative_to(root) else Path(name)
-        path = spellings.setdefault(os.path.realpath(root / path), path.as_posix())
+        path = Path(os.path.relpath(folder / name, folder)).as_posix()
         if labels.setdefault(path, label) != label:
             raise ValueError(f"{list_file} names {path} with several labels; keep one of them.")
-        if not os.path.lexists(root / path):
-            missing.append(f"line {number}: no such file: {folder}/{path}")
-    if len(missing) > MAX_BROKEN * len(labels):
-        comma = ", with a blank (no comma) before the label" if "," in missing[0] else ""
-        raise ValueError(f"{list_file}, {missing[0]}; a line is `path [label]`{comma}.")
     return labels
 
 
@@ -469,26 +436,28 @@ class Skipped:
     """The skipped clips of a run: `broken` {name: reason}, `too_short` {name: frames}; at first, the source's."""
 
     def __init__(self, source):
-        self.source, self.total = source, getattr(source, "total", len(source))
-        self.broken, self.too_short = {**getattr(source, "broken", {})}, {**getattr(source, "too_short", {})}
+        self.total = getattr(source, "total", len(source))
+        self.broken = dict(getattr(source, "broken", {}))
+        self.too_short = dict(getattr(source, "too_short", {}))
 
     def update(self, batch):
         """Add those of a batch; returns a message for each new one. ValueError if too many are broken, or all."""
         messages = []
         for name, reason in batch["skipped"].items():
-            if name not in self.broken and name not in self.too_short:
-                short = isinstance(reason, int)
-                (self.too_short if short else self.broken)[name] = reason
-                reason = f"ends, or is damaged, after {reason} frames" if short else reason
+            if name in self.broken or name in self.too_short:
+                continue
+            if isinstance(reason, int):
+                self.too_short[name] = reason
+                messages.append(f"{name} is skipped: ends, or is damaged, after {reason} frames")
+            else:
+                self.broken[name] = reason
                 messages.append(f"{name} is skipped: {reason}")
         none_left = batch["missing"] and len(self.broken) + len(self.too_short) >= self.total
         if none_left and self.too_short:
-            T, stride = self.source.video[0], self.source.stride
-            fits = max(self.too_short.values()) // T
-            fix = f"--stride {fits} would fit the longest, " if fits else ""
+            longest = max(self.too_short.values())
             raise ValueError(
-                f"All {len(self.too_short)} videos that can be read have fewer than {T} frames x stride {stride}; "
-                f"{fix}--short repeat fits all."
+                f"All videos that can be read are too short, the longest has {longest} frames; "
+                "use a smaller --stride, or --short repeat."
             )
         if none_left or len(self.broken) > max(1, MAX_BROKEN * self.total):
             examples = "; ".join(f"{name} ({reason})" for name, reason in [*self.broken.items()][:10])
@@ -501,15 +470,6 @@ class Skipped:
 
 # ---- videos: the frames of a file ----
 
-OPENING = {  # a video file is one file: no playlists, no network
-    "format_whitelist": ",".join(sorted(av.formats_available - {"concat"})),
-    "protocol_whitelist": "file",
-}
-MAX_PIXELS = 2**25  # of a frame; 8K has a little less
-PACKET_TIMES = {}  # {(file, bytes): time stamps} of files without an index, so that each is read through once
-MAX_REMEMBERED = 20_000  # files
-MAX_DECODED = 2**36  # pixels that are decoded for one clip; 22 minutes of 1920 x 1080 at 25 frames per second
-
 
 class TooShort(ValueError):
     """A video turned out to have too few frames; `frames` says how many."""
@@ -520,25 +480,21 @@ class TooShort(ValueError):
 
 
 def error_reason(error):
-    """The short form of an error from Python or FFmpeg."""
+    """The message of an error from Python or FFmpeg, without its number and file name."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 @contextlib.contextmanager
 def open_video(path):
     """(container, video stream) of a file, closed at the end. ValueError if it has none that can be decoded."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("is not a regular file")  # reading a pipe could wait for ever
+    if not Path(path).is_file():
+        raise ValueError("is not a file")  # reading a pipe could wait for ever
     # "file:" because a name may hold a colon, as in 12:30.mp4, and must not be taken for an address.
-    with av.open(f"file:{path}", options=OPENING, metadata_errors="replace") as container:
+    with av.open(f"file:{path}", metadata_errors="replace") as container:
         stream = container.streams.best("video")
-        if stream is None:
-            raise ValueError("has no video stream")
-        if stream.codec_context is None:
-            raise ValueError("its codec has no decoder here")
-        if stream.width * stream.height > MAX_PIXELS:
-            raise ValueError(f"claims frames of {stream.width} x {stream.height}, over {MAX_PIXELS} pixels")
-        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change on the way
+        if stream is None or stream.codec_context is None:
+            raise ValueError("has no video stream that can be decoded here")
+        stream.codec_context.options = {"max_pixels": str(2**25)}  # of a frame; 8K has a little less
         stream.codec_context.thread_count = 1  # the workers are the parallelism
         yield container, stream
 
@@ -551,9 +507,13 @@ def packets(container, stream):
                 yield packet
 
 
-def count_packets(container, stream):
-    """Frames of a stream by its packets, to the end of the file; nothing is decoded."""
-    return sum(packet.size > 0 for packet in packets(container, stream))
+@functools.lru_cache(maxsize=20_000)  # files
+def packet_times(path, size):
+    """Sorted time stamps of a file's packets; all nan if one has none. size: bytes, tells a changed file."""
+    with open_video(path) as (container, stream):
+        shown = (packet for packet in packets(container, stream) if packet.size and not packet.is_discard)
+        times = [packet.dts if packet.pts is None else packet.pts for packet in shown]
+    return np.array([np.nan] * len(times) if None in times else sorted(times))
 
 
 def frame_times(container, stream):
@@ -567,39 +527,28 @@ def frame_times(container, stream):
         delay = (stream.start_time or 0) - index[0].timestamp  # of display after decoding, for B-frames
         if not (index[0].is_discard or index[count - 1].is_discard):
             return count, lambda k: index[k].timestamp + delay
-    file = container.name, container.size
-    if file not in PACKET_TIMES:
-        if len(PACKET_TIMES) >= MAX_REMEMBERED:
-            PACKET_TIMES.clear()
-        shown = (packet for packet in packets(container, stream) if packet.size and not packet.is_discard)
-        times = [packet.dts if packet.pts is None else packet.pts for packet in shown]
-        PACKET_TIMES[file] = np.array([np.nan] * len(times) if None in times else sorted(times))
-    times = PACKET_TIMES[file]
+    times = packet_times(container.name.removeprefix("file:"), container.size)
     return len(times), lambda k: None if np.isnan(times[k]) else int(times[k])
 
 
 def holds_picture(packet, stream):
-    """Whether a packet that the decoder refuses holds a picture. It is used up."""
-    if packet.size <= 1 or stream.codec_context.name != "h264":
-        return packet.size > 1  # DivX: one byte stands for the picture before
+    """Whether a packet that the decoder refuses holds a picture; in H.264 it may be metadata. It is used up."""
+    if stream.codec_context.name != "h264":
+        return True
     try:  # what is left without metadata, as SEI, and parameter sets
         return bool(BitStreamFilterContext("filter_units=remove_types=6-13", stream).filter(packet))
     except av.FFmpegError:
         return True
 
 
-def all_frames(container, stream, *, limit=True):
+def all_frames(container, stream):
     """Decoded frames in display order, up to the end of the file or the first damage after a good frame.
 
     They end at damage because frames are missing there: no clip may cross it. After damage at the beginning they
     start at the next key frame.
-    limit: for one clip, no more than MAX_DECODED.
     """
-    most = MAX_DECODED // (stream.width * stream.height or 1) if limit else math.inf
     good = wait = flagged = False
-    for number, packet in enumerate(packets(container, stream)):
-        if number > most:
-            raise ValueError(f"one clip needs over {most} frames decoded; encode it with more key frames")
+    for packet in packets(container, stream):
         frames, damaged = [], packet.is_corrupt or flagged
         flagged = packet.is_corrupt  # what was lost may belong to the next packet, too
         if not damaged:
@@ -640,15 +589,10 @@ def frames_from(container, stream, time, *, preroll):
             yield frame
 
 
-def frame_rate(stream):
-    """Frames per second, as far as the header tells."""
-    return float(stream.average_rate or stream.guessed_rate or 25)
-
-
 def read_clip(path, *, video=(16, 128, 128), stride=4, start=0.5, crop=(0.5, 0.5), short="repeat"):
-    """Read T frames of a video file, every stride-th, from a place given as a fraction: (T, H, W, C) uint8.
+    """Read T frames of a video file, every stride-th, from a position given as a fraction: (T, H, W, C) uint8.
 
-    start: 0 is the first possible frame, 1 the last. crop: its (vertical, horizontal) place, 0..1.
+    start: 0 is the first possible frame, 1 the last. crop: its (vertical, horizontal) position, 0..1.
     short: with too few frames, "repeat" repeats the last one, "drop" raises TooShort.
     Rotation and mirroring by metadata are applied (phones film sideways); non-square pixels and HDR are not.
     Time stamps only choose where a clip starts; from there on frames are counted, also by the stride.
@@ -671,18 +615,17 @@ def read_clip(path, *, video=(16, 128, 128), stride=4, start=0.5, crop=(0.5, 0.5
     with open_video(path) as (container, stream):
         count, time = frame_times(container, stream)
         first = round(start * max(0, count - span))
-        frames, passed = [], 0
-        # Not after a seek: a palette comes once, with the first frame; MXF's time stamps may be wrong.
+        # No seek: a palette comes once, with the first frame; MXF's time stamps may be wrong.
         seekable = stream.codec_context.pix_fmt != "pal8" and container.format.name != "mxf"
-        if count > 0 and seekable and time(first) is not None:
-            # Seconds: a key frame may be displayed later than its place in the file says.
-            for preroll in (0, 2) if first > 0 else (0,):
-                frames, passed = take(frames_from(container, stream, time(first), preroll=preroll))
+        if first > 0 and seekable and time(first) is not None:
+            # Seconds: a key frame may be displayed later than its position in the file says.
+            for preroll in (0, 2):
+                frames, _ = take(frames_from(container, stream, time(first), preroll=preroll))
                 if len(frames) == T:
                     return np.stack(frames)  # (T, H, W, C)
-    # Where seeking fails: decode from the beginning, and count. That tells how many frames there really are; if
-    # the header has promised more, choose the place again.
-    for _ in range(0 if passed == count else 2):  # a short video has been read whole
+    # Otherwise decode from the beginning, and count. That tells how many frames there really are; if the header
+    # has promised more, choose the position again.
+    for _ in range(2):
         with open_video(path) as (container, stream):
             frames, count = take(all_frames(container, stream), first)
         if len(frames) == T or first == 0:
@@ -716,11 +659,10 @@ def upright_crop(frame, reformatter, H, W, crop):
     height, width = (frame.width, frame.height) if transpose else (frame.height, frame.width)  # upright
     scale = max(H / height, W / width)
     height, width = max(H, round(height * scale)), max(W, round(width * scale))
-    if height * width > MAX_PIXELS:
-        raise ValueError(f"its frames of {frame.width} x {frame.height} pixels are too narrow")
     stored = {"width": height, "height": width} if transpose else {"width": width, "height": height}
     scaled = reformatter.reformat(frame, format="rgb24", interpolation="BILINEAR", threads=1, **stored)
-    top, left = (min(int(place * (room + 1)), room) for place, room in zip(crop, (height - H, width - W)))
+    rooms = (height - H, width - W)
+    top, left = (min(int(fraction * (room + 1)), room) for fraction, room in zip(crop, rooms))
     pixels = scaled.to_ndarray().transpose(1, 0, 2) if transpose else scaled.to_ndarray()
     pixels = pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
     return pixels[top : top + H, left : left + W]
@@ -768,8 +710,8 @@ class TrainDataset(Dataset):
 
     def __getitem__(self, k):
         clips, skipped = len(self.source), {}
-        epoch, place = divmod(k, clips)
-        first = int(epoch_order(self.seed, epoch, clips)[place])
+        epoch, position = divmod(k, clips)
+        first = int(epoch_order(self.seed, epoch, clips)[position])
         rng = np.random.default_rng((self.seed, 1, epoch, first))
         for attempt in range(max(clips, 100)):  # few are tried again from other starts: damage may end one
             sample = read_sample(self.source, (first + attempt) % clips, rng)
@@ -796,37 +738,15 @@ def ignore_signals(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-class Loader(DataLoader):
-    """torch's DataLoader with workers that start only if they can work; a Ctrl-C does not end those just starting."""
-
-    def __iter__(self):
-        if self.num_workers == 0:
-            return super().__iter__()
-        check_shared_memory(self)
-        blockable = hasattr(signal, "pthread_sigmask")  # not on Windows
-        before = blockable and signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        try:
-            return super().__iter__()
-        except OSError as error:
-            sys.unraisablehook = lambda _: None  # torch complains when its half-built iterator is deleted
-            why = f"{self.num_workers} workers cannot be started ({error_reason(error)})"
-            raise ValueError(f"{why}; use fewer, as --workers 1 or 0.") from None
-        finally:
-            if blockable:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def check_shared_memory(loader):
+def check_shared_memory(source, workers, batch, batches):
     """ValueError if the batches that workers prepare do not fit into /dev/shm: the loader would wait for ever."""
-    samples = (loader.dataset[index] for indices in loader.batch_sampler for index in indices)
-    clip = next((sample["video"] for sample in samples if sample["video"] is not None), None)
-    if clip is not None and os.path.isdir("/dev/shm"):
-        batches = min(len(loader), loader.num_workers * loader.prefetch_factor + 1)
-        need = batches * len(next(iter(loader.batch_sampler))) * clip.nbytes / 1e6
+    clip = read_sample(source, 0)["video"] if workers and os.path.isdir("/dev/shm") and batches else None
+    if clip is not None:
+        need = min(batches, 2 * workers + 1) * batch * clip.nbytes / 1e6  # each worker prepares two
         free = shutil.disk_usage("/dev/shm").free / 1e6
         if need > free:
             raise ValueError(
-                f"{loader.num_workers} workers need {need:.0f} MB of shared memory, /dev/shm has {free:.0f} MB free; "
+                f"{workers} workers need {need:.0f} MB of shared memory, /dev/shm has {free:.0f} MB free; "
                 f"use --workers 0, or start the container with more of it (--shm-size {math.ceil(need / 500)}g)."
             )
 
@@ -834,20 +754,22 @@ def check_shared_memory(loader):
 def train_loader(source, *, batch, first=0, last, seed=0, workers=0, rank=0, world_size=1, pin_memory=False):
     """Batches of training steps first..last-1, the same for any first and any number of workers.
 
-    rank, world_size: read only the part of every batch that belongs to one of several processes.
+    rank, world_size: one of several processes reads its own slice of every batch.
     """
     size = batch // world_size
     starts = range(first * batch + rank * size, last * batch, batch)
+    check_shared_memory(source, workers, size, len(starts))
     indices = [range(start, start + size) for start in starts]
     loader_kwargs = {"num_workers": workers, "worker_init_fn": ignore_signals, "pin_memory": pin_memory}
-    return Loader(TrainDataset(source, seed), batch_sampler=indices, collate_fn=collate, **loader_kwargs)
+    return DataLoader(TrainDataset(source, seed), batch_sampler=indices, collate_fn=collate, **loader_kwargs)
 
 
 def eval_loader(source, *, indices=None, batch=32, workers=0):
     """Batches of every clip once and in order, or of some; broken files are reported and left out."""
     indices = range(len(source)) if indices is None else indices
-    loader_kwargs = {"num_workers": workers, "worker_init_fn": ignore_signals}
-    return Loader(EvalDataset(source), batch_size=batch, sampler=indices, collate_fn=collate, **loader_kwargs)
+    check_shared_memory(source, workers, min(batch, len(indices)), math.ceil(len(indices) / batch))
+    loader_kwargs = {"num_workers": workers, "worker_init_fn": ignore_signals, "collate_fn": collate}
+    return DataLoader(EvalDataset(source), batch_size=batch, sampler=indices, **loader_kwargs)
 
 
 # ---- for all programs ----
@@ -868,7 +790,7 @@ def pick_device(name="auto"):
 
 
 def default_workers():
-    """Processes that read clips: the cores that this process may use, shared with torchrun's other processes."""
+    """Processes that read clips: the cores that this process may use, divided by torchrun's processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
@@ -883,20 +805,16 @@ def keep_freed_memory():
 
 def check_writable(path, folder=False):
     """ValueError if a file, or files in a folder, cannot be written: said before the work, not after it."""
-    path = Path(path)
+    folder = Path(path) if folder else Path(path).parent
     try:
-        (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable" if folder else path
-        new = not probe.exists()
-        probe.open("ab").close()
-        if new:
-            probe.unlink()
-    except (OSError, ValueError) as error:  # ValueError: not a file's name
-        raise ValueError(f"{path} cannot be written ({error_reason(error)}); name another place.") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error_reason(error)}); name another one.") from None
 
 
 def write_file(path, write):
-    """Call write(file) on a new file, which then takes the place of `path`: a full disk or a kill leaves the old one."""
+    """Call write(file) on a new file, which then replaces `path`: a full disk or a kill leaves the old one."""
     with open(f"{path}.tmp", "wb") as file:
         write(file)
     os.replace(f"{path}.tmp", path)
@@ -929,21 +847,12 @@ def user_errors():
             stream.reconfigure(errors="backslashreplace")  # a console may lack the letters of a file's name
     try:
         yield
-        sys.stdout.flush()
     except ValueError as error:
         if not is_user_error(error):
             raise
-        if os.environ.get("RANK", "0") != "0":  # torchrun's process 0 says the same, which ends this one
-            time.sleep(2)
         tqdm.write(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    finally:
-        # Workers that are left after an error ignore SIGTERM, and Python would wait for them.
+    finally:  # workers that are left ignore SIGTERM, and Python would wait for them
         workers = multiprocessing.active_children()
         if workers and hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise

@@ -599,22 +599,6 @@ def test_index_with_false_key_frames(tmp_path, codec):
     )
 
 
-@pytest.mark.parametrize(
-    "shown,used",  # (time, is a key frame) of decoded frames; times that are used from 100 on
-    [
-        ([(92, 0), (96, 1), (100, 0), (108, 0), (96, 0)], [100, 108, 96]),
-        ([(100, 0), (104, 1), (108, 0)], []),  # the key frame is displayed too late
-        ([(96, 0), (100, 0)], []),  # no key frame
-        ([(None, 1), (100, 0)], []),
-    ],
-)
-def test_frames_after_a_seek(tmp_path, monkeypatch, shown, used):
-    frames = [SimpleNamespace(pts=time, key_frame=key) for time, key in shown]
-    monkeypatch.setattr(data, "all_frames", lambda *_: frames)
-    with data.open_video(write_numbered(tmp_path / "a.mp4")) as (container, stream):
-        assert [frame.pts for frame in data.frames_from(container, stream, 100, preroll=0)] == used
-
-
 def test_palette_of_the_first_frame_holds_for_all(tmp_path):
     with av.open(str(tmp_path / "a.avi"), "w") as container:
         stream = container.add_stream("rawvideo", rate=25)
@@ -633,19 +617,18 @@ def test_packets_without_a_picture_are_no_damage(tmp_path):
     def without_b_frames(packets):
         return [(raw if is_key or raw[4] >> 5 else next(metadata), is_key) for raw, is_key in packets]
 
-    with data.open_video(copy_packets(path, tmp_path / "new.mp4", without_b_frames)) as (container, stream):
-        numbers = frame_numbers(
-            frame.to_ndarray(format="gray") for frame in data.all_frames(container, stream)
-        )
-        assert len(numbers) < 30 and numbers[0] == 0 and numbers[-1] == 39
+    copy_packets(path, tmp_path / "new.mp4", without_b_frames)
     # An empty chunk in an AVI file stands for the frame before.
     raw = bytearray(write_numbered(tmp_path / "a.avi").read_bytes())
     at = raw.index(b"00dc", raw.index(b"00dc", raw.index(b"movi")) + 4)
     size = struct.unpack_from("<I", raw, at + 4)[0]
     struct.pack_into("<I4sI", raw, at + 4, 0, b"JUNK", size - 8)
     (tmp_path / "a.avi").write_bytes(raw)
-    with data.open_video(tmp_path / "a.avi") as (container, stream):
-        assert len([*data.all_frames(container, stream)]) == 39
+    for name, count in (("new.mp4", range(10, 30)), ("a.avi", [39])):
+        with data.open_video(tmp_path / name) as (container, stream):
+            frames = [frame.to_ndarray(format="gray") for frame in data.all_frames(container, stream)]
+        numbers = frame_numbers(frames)
+        assert len(numbers) in count and numbers[0] == 0 and numbers[-1] == 39
 
 
 def test_starts_are_uniform_in_frames_where_a_recording_was_paused(tmp_path):
@@ -685,19 +668,14 @@ def test_no_clip_crosses_damage(tmp_path):
 
 @pytest.mark.parametrize("codec", ["mpeg2video", "libx264"])
 def test_no_clip_crosses_lost_packets_of_a_transport_stream(tmp_path, codec):
-    raw, rng = (
-        write_numbered(tmp_path / "a.ts", codec=codec, coding=B_FRAMES[codec]).read_bytes(),
-        np.random.default_rng(0),
-    )
-    for _ in range(8):
-        count = len(raw) // 188
-        first = int(rng.integers(10, count - 20))
-        (tmp_path / "lost.ts").write_bytes(
-            raw[: 188 * first] + raw[188 * (first + int(rng.integers(1, 15))) :]
-        )
+    rng = np.random.default_rng(0)
+    raw = write_numbered(tmp_path / "a.ts", codec=codec, coding=B_FRAMES[codec]).read_bytes()
+    for number in range(8):
+        first, lost = 188 * int(rng.integers(10, len(raw) // 188 - 20)), 188 * int(rng.integers(1, 15))
+        path = tmp_path / f"{number}.ts"
+        path.write_bytes(raw[:first] + raw[first + lost :])
         for start in (0.0, 0.3, 0.5, 0.7, 1.0):
-            numbers = clip_numbers(tmp_path / "lost.ts", start, stride=1)
-            assert in_steps([*dict.fromkeys(numbers)], 1)
+            assert in_steps([*dict.fromkeys(clip_numbers(path, start, stride=1))], 1)
 
 
 def test_videos_damaged_in_one_place_are_read_in_others(tmp_path):
@@ -710,7 +688,7 @@ def test_videos_damaged_in_one_place_are_read_in_others(tmp_path):
         assert len(batch["index"]) == 2 and not batch["missing"]
         messages += skipped.update(batch)
     assert sorted(messages) == [f"{name} is skipped: ends, or is damaged, after 20 frames" for name in names]
-    raises("All 2 videos that can be read have fewer", skipped.update, {"skipped": {}, "missing": 2})
+    raises("All videos that can be read are too short", skipped.update, {"skipped": {}, "missing": 2})
 
 
 def mutated(raw, rng):
@@ -725,24 +703,16 @@ def mutated(raw, rng):
 
 
 def read_all(folder, report):
-    """Read every video of a folder in every way; a line of the report for each, the last names the culprit."""
-    data.MAX_BROKEN = 1.0
-    videos = Videos(folder, video=(4, 16, 16), short="repeat")
-    named = list(videos.broken)
-    for index in range(len(videos)):
-        print(videos.name(index), file=report, flush=True)
+    """Read every video of a folder; the last line of the report names the culprit, or says how many clips are whole."""
+    whole = 0
+    for name in os.listdir(folder):
+        print(name, file=report, flush=True)
         faulthandler.dump_traceback_later(20, exit=True)
+        data.frame_counts(folder, [name])
         for settings in ({"start": 1.0, "stride": 1}, {"start": 0.6, "short": "drop"}):
-            try:
-                clip = read_clip(folder / videos.name(index), video=(4, 16, 16), **settings)
-                assert clip.shape == (4, 16, 16, 3)
-            except data.READ_ERRORS as error:
-                assert data.error_reason(error)
-    faulthandler.dump_traceback_later(60, exit=True)
-    skipped = data.Skipped(videos)
-    for batch in itertools.chain(data.eval_loader(videos), data.train_loader(videos, batch=20, last=5)):
-        named += [message.split(" ")[0] for message in skipped.update(batch)]
-    print(len(named), len(set(named)), file=report, flush=True)
+            with suppress(*data.READ_ERRORS):
+                whole += read_clip(folder / name, video=(4, 16, 16), **settings).shape == (4, 16, 16, 3)
+    print(whole, file=report, flush=True)
 
 
 def test_damaged_files_neither_crash_nor_hang_the_reader(tmp_path):
@@ -757,48 +727,42 @@ def test_damaged_files_neither_crash_nor_hang_the_reader(tmp_path):
         (bad / f"{number}{path.suffix}").write_bytes(mutated(path.read_bytes(), rng))
     with open(tmp_path / "report", "w") as report:
         code = exit_code(start(read_all, bad, report))
-    *_, last = (tmp_path / "report").read_text().splitlines()
+    last = (tmp_path / "report").read_text().splitlines()[-1]
     assert code == 0, f"at {last}"
-    named, different = last.split()
-    assert named == different and 20 < int(named) < 200
+    assert 320 < int(last) < 640
 
 
 def test_directory_entries_of_all_kinds(tmp_path):
     folder = tmp_path / "odd"
     names = ["a b.mp4", "ü 日本.mp4", "12:30 %d.mp4", "-x.mp4", "file:y.mp4", "'\".mp4"]
-    names += [f"{number}.mp4" for number in range(40)]
-    write_copies(folder, names, frames=16)
+    write_copies(folder, [*names, *(f"{number}.mp4" for number in range(40))], frames=16)
     (folder / "folder.mp4").mkdir()
     (folder / "link.mp4").symlink_to(folder / "a b.mp4")
-    (folder / "empty.mp4").touch()
+    (folder / "loop.mp4").symlink_to("loop.mp4")
     os.mkfifo(folder / "pipe.mp4")
     videos = Videos(folder, video=(4, 16, 16))
-    assert {name for name, _ in videos.files} == {*names, "link.mp4"}
-    assert set(videos.broken) == {"empty.mp4", "pipe.mp4"}
+    assert len(videos) == 47 and {*names, "link.mp4"} <= {name for name, _ in videos.files}
+    assert videos.broken == dict.fromkeys(("loop.mp4", "pipe.mp4"), "is not a file")
     assert all(videos.read(index).shape == (4, 16, 16, 3) for index in range(len(videos)))
-    (folder / "dangling.mp4").symlink_to("nowhere")
-    (folder / "loop.mp4").symlink_to("loop.mp4")
-    raises("4 of 51.*dangling.*empty.*loop.*pipe.mp4 .is not a regular", Videos, folder, video=(4, 16, 16))
-    raises("folder.mp4 .is not a regular file", Videos, folder, list_file=listed(tmp_path, "folder.mp4"))
+    raises("folder.mp4 .is not a file", Videos, folder, list_file=listed(tmp_path, "folder.mp4"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts files and threads in /proc")
-def test_a_thousand_reads_leave_no_file_or_thread_open(tmp_path):
-    with tqdm(total=1):
-        pass  # starts tqdm's own thread, one for all bars, if it is not there yet
+def test_reading_leaves_no_file_or_thread_open(tmp_path):
     raw = write_numbered(tmp_path / "good.avi", frames=16, size=(16, 16)).read_bytes()
     (tmp_path / "cut.avi").write_bytes(raw[: len(raw) // 2])
     (tmp_path / "bad.avi").write_bytes(raw[:40])
+    names = ["good.avi", "cut.avi", "bad.avi"]
 
     def count():
         return [len(os.listdir(f"/proc/self/{what}")) for what in ("fd", "task")]
 
-    for number in range(1000):
-        if number == 100:
-            before = count()
+    data.frame_counts(tmp_path, names)  # tqdm keeps a thread, one for all bars
+    before = count()
+    for name in names * 100:
         with suppress(*data.READ_ERRORS):
-            read_clip(tmp_path / f"{('good', 'cut', 'bad')[number % 3]}.avi", video=(4, 16, 16), short="drop")
-    data.frame_counts(tmp_path, ["good.avi", "cut.avi", "bad.avi"] * 100)
+            read_clip(tmp_path / name, video=(4, 16, 16), short="drop")
+    data.frame_counts(tmp_path, names * 100)
     wait_for(lambda: count() == before)  # on a busy machine a joined thread stays in /proc for a moment
 
 
@@ -871,39 +835,21 @@ def test_a_folders_videos_have_parent_folders_as_labels(folder):
 def test_lists_give_labels_if_every_line_has_one(folder, tmp_path):
     video = {"video": (4, 32, 32)}
     (folder / "link.MP4").symlink_to(folder / "walk" / "clip 01.MP4")
-    again = ["./walk/clip 01.MP4", f"{folder}/walk/clip 01.MP4", "Run/../walk/clip 01.MP4", "link.MP4"]
-    lines = listed(
-        tmp_path,
-        "walk/clip 01.MP4 fast walk\n",
-        "Run/clip 00.MP4  b",
-        *(f"{path} fast walk" for path in again),
-    )
+    again = ["./walk/clip 01.MP4", f"{folder}/walk/clip 01.MP4", "Run/../walk/clip 01.MP4"]
+    walks = [f"{path} fast walk\n" for path in ("walk/clip 01.MP4", *again)]
+    lines = listed(tmp_path, *walks, "Run/clip 00.MP4  b")
     videos = Videos(folder, list_file=lines, **video)
-    assert len(videos) == videos.total == 2  # each video counts once
     assert videos.files == [("walk/clip 01.MP4", "fast walk"), ("Run/clip 00.MP4", "b")]
     paired = listed(tmp_path, "Run/clip 02.MP4 b", "link.MP4", name="paired.txt")
     other = Videos(folder, list_file=paired, paired_list=lines, **video)
     assert other.files[0] == ("Run/clip 02.MP4", "Run")
     assert other.shared(videos) == ["link.MP4"] and videos.shared(other) == ["walk/clip 01.MP4"]
     assert Videos(folder, list_file=lines, paired_list=paired, **video).classes == ("Run", "walk")
-    for labels, classes in ((("10", "9"), ("9", "10")), (("10", "A"), ("10", "A")), (("b", "A"), ("A", "b"))):
-        lines = listed(tmp_path, f"walk/clip 01.MP4 {labels[0]}", f"Run/clip 00.MP4 {labels[1]}")
-        assert Videos(folder, list_file=lines, **video).classes == classes
     lines = listed(tmp_path, "walk/clip 01.MP4 1", "walk/clip 01.MP4 2")
     raises("clip 01.MP4 with several labels", Videos, folder, list_file=lines)
-
-
-def test_lists_that_name_no_file(folder, tmp_path):
     raises("Cannot read the list", Videos, folder, list_file=tmp_path / "missing.txt")
-    lines = listed(tmp_path, "walk/clip 01.MP4", "", "walk/clip 2.MP4 a")
-    raises(
-        r"list.txt, line 3: no such file: .*clip 2.MP4; a line is `path \[label\]`\.",
-        Videos,
-        folder,
-        list_file=lines,
-    )
-    lines = listed(tmp_path, "walk/clip 01.MP4,walk")
-    raises(r"line 1: no such file: .*,walk; .* \(no comma\)", Videos, folder, list_file=lines)
+    lines = listed(tmp_path, "walk/clip 01.MP4,walk", "walk/clip 2.MP4")
+    raises("2 of 2 videos cannot be read.*clip 01.MP4,walk .*clip 2", Videos, folder, list_file=lines)
 
 
 def test_short_videos(folder):
@@ -916,8 +862,7 @@ def test_short_videos(folder):
     assert not videos.too_short and len(videos) == 21
     index = videos.files.index(("walk/short.mp4", "walk"))
     assert frame_numbers(videos.read(index)) == [0, 4, 4, 4]
-    raises("--stride 10 would fit the longest", Videos, folder, video=(4, 32, 32), stride=20)
-    raises("stride 1; --short repeat fits all", Videos, folder, video=(64, 32, 32), stride=1)
+    raises("the longest has 40 frames; .*--short repeat", Videos, folder, video=(4, 32, 32), stride=20)
 
 
 def test_a_file_that_ends_early_is_used_from_its_beginning(tmp_path):
@@ -939,60 +884,49 @@ def test_videos_that_reading_finds_too_short_are_not_broken(folder):
         shutil.copy(folder / names[0], folder / name)
     videos = Videos(folder, video=(10, 16, 16), stride=4)
     assert len(videos) == 25 and not videos.too_short
-    alone, helped = (next(iter(data.train_loader(videos, batch=25, last=1, workers=n))) for n in (0, 2))
-    assert torch.equal(alone["video"], helped["video"]) and len(alone["index"]) == 25
-    assert alone["skipped"] == helped["skipped"] == dict.fromkeys(names, 20)
-    skipped = data.Skipped(videos)
-    assert skipped.update(alone) == [
-        f"{name} is skipped: ends, or is damaged, after 20 frames" for name in alone["skipped"]
-    ]
+    [batch], skipped = data.train_loader(videos, batch=25, last=1), data.Skipped(videos)
+    assert len(batch["index"]) == 25 and len(skipped.update(batch)) == 5
     assert skipped.too_short == dict.fromkeys(names, 20) and not skipped.broken
     for batch in data.eval_loader(videos):
         assert skipped.update(batch) == [] and len(batch["index"]) == 20
 
 
 def test_names_that_are_no_text(tmp_path):
-    names = [os.fsdecode(name) for name in (b"caf\xe9/\xff\xfe.mp4", "ordinary ü.mp4".encode())]
-    videos = Videos(write_copies(tmp_path / "a", names), video=(4, 16, 16))
+    names = [os.fsdecode(name) for name in (b"caf\xe9/\xff\xfe.mkv", "ordinary ü.mkv".encode())]
+    write_copies(tmp_path / "a", names, format="matroska")  # without an index
+    videos = Videos(tmp_path / "a", video=(4, 16, 16))
     assert [videos.name(index) for index in range(2)] == names
     assert all(videos.read(index).shape == (4, 16, 16, 3) for index in range(2))
-    (tmp_path / "list.txt").write_bytes(b"caf\xe9/\xff\xfe.mp4 na\xefve\n")
-    assert Videos(tmp_path / "a", list_file=tmp_path / "list.txt", video=(4, 16, 16)).classes == (
-        "na\udcefve",
-    )
-    (tmp_path / "list.txt").write_text("ordinary ü.mp4", encoding="utf-16")
-    raises("no text in UTF-8", Videos, tmp_path / "a", list_file=tmp_path / "list.txt")
-    lines = listed(tmp_path, "ordinary ü.mp4")
-    videos = Videos(tmp_path / "a", list_file=lines, video=(4, 16, 16))
-    assert videos.fingerprint == hashlib.sha256("ordinary ü.mp4".encode()).hexdigest()
+    (tmp_path / "list.txt").write_bytes(b"caf\xe9/\xff\xfe.mkv na\xefve\n")
+    videos = Videos(tmp_path / "a", list_file=tmp_path / "list.txt", video=(4, 16, 16))
+    assert videos.classes == ("na\udcefve",)
+    videos = Videos(tmp_path / "a", list_file=listed(tmp_path, "ordinary ü.mkv"), video=(4, 16, 16))
+    assert videos.fingerprint == hashlib.sha256("ordinary ü.mkv".encode()).hexdigest()
 
 
 def test_links_to_folders_are_followed_once(folder, tmp_path):
     elsewhere = write_copies(tmp_path / "elsewhere", ["deep/far.mp4"])
     (folder / "jump").symlink_to(elsewhere)
-    (folder / "aaa").symlink_to(folder / "walk")  # known by its own name
+    (folder / "zzz").symlink_to(folder / "walk")
     (elsewhere / "back").symlink_to(folder)
     (folder / "walk" / "loop").symlink_to(".")
     videos = Videos(folder, video=(4, 16, 16))
     assert len(videos) == 21 and ("jump/deep/far.mp4", "deep") in videos.files
     assert videos.classes == ("deep", "Run", "walk")
-    assert videos.read(20).shape == (4, 16, 16, 3)
 
 
-def test_broken_files_are_named_and_skipped_unless_they_are_many_or_all(folder, tmp_path):
+def test_broken_files_are_named_and_skipped_unless_they_are_many_or_all(folder):
     (folder / "Run" / "garbage.mp4").write_bytes(os.urandom(5000))
     videos = Videos(folder, video=(4, 32, 32))
     assert list(videos.broken) == ["Run/garbage.mp4"] and len(videos) == 20 and videos.total == 21
     (folder / "Run" / "empty.mkv").touch()
     raises(r"2 of 22 videos cannot be read.*empty.mkv.*garbage.mp4", Videos, folder, video=(4, 32, 32))
-    few = tmp_path / "few"
-    few.mkdir()
+    few = write_copies(folder.parent / "few", ["b.mp4"])
     (few / "a.mp4").write_bytes(b"garbage")
-    raises("1 of 1 videos cannot be read", Videos, few, video=(4, 32, 32))
-    write_numbered(few / "b.mp4")
     videos = Videos(few, video=(4, 32, 32))
     assert len(videos) == 1 and list(videos.broken) == ["a.mp4"]
     (few / "b.mp4").unlink()
+    raises("1 of 1 videos cannot be read", Videos, few, video=(4, 32, 32))
     [batch] = data.train_loader(videos, batch=2, last=1)
     assert batch["missing"] == 2
     raises("2 of 2 videos cannot be read", data.Skipped(videos).update, batch)
@@ -1002,8 +936,7 @@ def test_a_file_that_breaks_later_is_replaced_and_named_once(folder):
     videos = Videos(folder, video=(4, 32, 32))
     (folder / "Run" / "clip 04.MP4").write_bytes(b"gone")
     batches, skipped = list(data.train_loader(videos, batch=20, last=2)), data.Skipped(videos)
-    assert batches[0]["video"].shape == (20, 4, 32, 32, 3)
-    assert list(batches[0]["skipped"]) == ["Run/clip 04.MP4"] and 2 not in batches[0]["index"]
+    assert len(batches[0]["index"]) == 20 and 2 not in batches[0]["index"]
     [message] = skipped.update(batches[0])
     assert message.startswith("Run/clip 04.MP4 is skipped: ") and skipped.update(batches[1]) == []
     for number in range(6, 12, 2):
@@ -1056,65 +989,36 @@ def test_training_and_probe_with_workers_under_spawn(folder, tmp_path):
 
 def test_too_little_shared_memory_is_said(monkeypatch):
     monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(free=64_000_000))
-    scenes = Scenes(video=(16, 224, 224))  # 2.4 MB a clip
-    for batches in (
-        data.train_loader(scenes, batch=16, last=9, workers=1),
-        data.eval_loader(scenes, workers=1),
+    scenes, words = Scenes(video=(16, 224, 224)), "workers need [0-9]+ MB .* 64 MB free; use --workers 0"
+    raises(words, data.train_loader, scenes, batch=16, last=9, workers=1)  # 2.4 MB a clip
+    raises(words, data.eval_loader, scenes, workers=1)
+    data.train_loader(scenes, batch=16, last=1, workers=1)  # one batch fits
+
+
+def test_ends_of_programs(tmp_path):
+    """A mistake of the user's: one sentence, code 2; a bug: its traceback. Workers that are left end, too."""
+    program = """
+import data
+with data.user_errors():
+    print("caf\\udce9 \\u65e5")  # a console may lack these letters
+    batches = iter(data.train_loader(data.Scenes(clips=99, video=(4, 16, 16)), batch=2, last=999, workers=1))
+    next(batches)
+"""
+    for line, end in (
+        ("data.Videos('nowhere')", "-c: nowhere is not a folder; .*\n"),
+        ("int(float('nan'))", "Traceback .*ValueError: cannot convert float NaN to integer\n"),
     ):
-        raises("workers need [0-9]+ MB .* 64 MB free; use --workers 0.*--shm-size", iter, batches)
-    assert (
-        len(next(iter(data.train_loader(scenes, batch=16, last=1, workers=1)))["index"]) == 16
-    )  # one batch fits
-
-
-def test_workers_that_cannot_be_started_end_the_program(tmp_path):
-    code = "import data, sys; data.user_errors()(lambda: [*data.train_loader(data.Scenes(), batch=2, last=9, workers=6)])()"
-    code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)); " + code
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(
-        command, cwd=Path(data.__file__).parent, capture_output=True, timeout=60, check=False
-    )
-    assert done.returncode == 2 and re.fullmatch(b".*workers cannot be started .*use fewer.*\n", done.stderr)
-
-
-def test_ends_of_programs(capsys):
-    def end(function, expected=SystemExit):
-        with pytest.raises(expected) as caught, data.user_errors():
-            function()
-        return getattr(caught.value, "code", None), capsys.readouterr().err
-
-    def bug(error):
-        raise error
-
-    code, sentence = end(lambda: Videos("nowhere"))
-    assert code == 2 and sentence.endswith(
-        ": nowhere is not a folder; --data names the folder of the videos.\n"
-    )
-    assert end(lambda: bug(KeyboardInterrupt()))[0] == 130
-    for error in (RuntimeError("a bug"), ValueError("a bug in code of one's own.")):
-        assert end(lambda error=error: bug(error), type(error)) == (None, "")  # the traceback is Python's
-    code = "import data\nwith data.user_errors():\n    print('caf\\udce9 \\u65e5 ' * 100000)"
-    for target, expected in ((subprocess.PIPE, b"caf\\udce9 \\u65e5 "), ("closed", b"")):
-        read, write = os.pipe()
-        os.close(read)
-        output = {"stdout": write if target == "closed" else target, "stderr": subprocess.PIPE}
-        environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
         done = subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", f"{program}    {line}"],
             cwd=Path(data.__file__).parent,
-            env=environment,
+            env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+            capture_output=True,
+            text=True,
+            timeout=60,
             check=False,
-            **output,
         )
-        os.close(write)
-        assert done.returncode == 0 and not done.stderr and (done.stdout or b"").startswith(expected)
-
-
-def test_default_workers_share_the_cores(monkeypatch):
-    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: range(12), raising=False)
-    for processes, workers in ((1, 8), (2, 6), (4, 3), (16, 1)):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert data.default_workers() == workers
+        assert done.returncode == (1 if "Traceback" in end else 2) and done.stdout == "caf\\udce9 \\u65e5\n"
+        assert re.fullmatch(end, done.stderr, re.DOTALL)
 
 
 # ---- train.py ----

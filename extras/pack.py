@@ -64,7 +64,7 @@ def pack_video(source, temporary, *, side, every, stop):
     with ExitStack() as stack:
         with source_errors():
             container, stream = stack.enter_context(data.open_video(source))
-            frames = itertools.islice(data.all_frames(container, stream, limit=False), 0, None, every)
+            frames = itertools.islice(data.all_frames(container, stream), 0, None, every)
             first = next(frames, None)
         if first is None:
             raise ValueError("no frame can be decoded")
@@ -72,7 +72,7 @@ def pack_video(source, temporary, *, side, every, stop):
         H, W = (max(1, math.ceil(round(size * scale) / 2)) * 2 for size in (first.height, first.width))
         if data.orientation(first)[0]:  # transposed
             H, W = W, H
-        rate = min(max(data.frame_rate(stream) / every, 0.1), 1000)
+        rate = min(max(float(stream.average_rate or stream.guessed_rate or 25) / every, 0.1), 1000)
         rate = Fraction(rate).limit_denominator(min(1001, int(65535 / rate)))  # MPEG-4 counts time in 16 bits
         reformatter = VideoReformatter()
 
@@ -84,7 +84,7 @@ def pack_video(source, temporary, *, side, every, stop):
                     yield data.upright_crop(frame, reformatter, H, W, (0.5, 0.5))
 
         write_video(temporary, images(), rate, (H, W))
-        if left := data.count_packets(container, stream):
+        if left := sum(packet.size > 0 for packet in data.packets(container, stream)):
             tqdm.write(f"damaged: {source} (its last {left} frames are not in the copy)")
 
 
@@ -176,7 +176,7 @@ def main(arguments=None):
         broken = pack(args.source, args.target, names, side=args.side, every=args.every, workers=args.workers)
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from here.", file=sys.stderr)
-        raise
+        sys.exit(130)
     for name, reason in broken.items():
         print(f"broken: {name} ({reason})")
     print(f"{len(broken)} broken")
