@@ -310,6 +310,7 @@ class Videos:
     short: the rule for videos of fewer than T * stride frames: "drop" (the paper's) leaves them out, "repeat"
     repeats their last frame.
     flip: mirror half of the training clips left-right. False for labels with a direction, as "left".
+    counts_file: where the number of frames of every file is kept, so that the files are looked at once.
     Attributes: files [(path, label)], classes, total (files before any is left out), broken {name: reason}:
     files that cannot be read, too_short {name: frames}.
     """
@@ -324,6 +325,7 @@ class Videos:
         stride=4,
         short="drop",
         flip=True,
+        counts_file=None,
     ):
         self.folder, self.video, self.stride = Path(folder), tuple(video), stride
         self.short, self.flip = short, flip
@@ -335,7 +337,7 @@ class Videos:
             raise ValueError(f"No videos in {list_file or self.folder}, by their extension: {EXTENSIONS}.")
         if not all([*labels.values(), *paired.values()]):
             labels = {path: Path(path).parent.name or self.folder.resolve().name for path in labels}
-        counts = frame_counts(self.folder, list(labels))
+        counts = frame_counts(self.folder, list(labels), counts_file)
         least = 1 if short == "repeat" else self.video[0] * stride
         left_out = {path: n for path, n in counts.items() if not isinstance(n, int) or n < least}
         self.files = [(path, label) for path, label in labels.items() if path not in left_out]
@@ -417,8 +419,16 @@ def read_list(list_file, folder):
     return labels
 
 
-def frame_counts(folder, paths):
-    """{path: number of frames, or the reason (a str) why it cannot be read}; several files at a time."""
+def frame_counts(folder, paths, counts_file=None):
+    """{path: number of frames, or the reason (a str) why it cannot be read}; several files at a time.
+
+    counts_file: a JSON file of the counts of this folder. Files that it lacks are looked at, and added to it.
+    """
+    counts, root = {}, os.path.realpath(folder)
+    if counts_file and Path(counts_file).is_file():
+        content = json.loads(Path(counts_file).read_text())
+        counts = content["frames"] if content["folder"] == root else {}
+    unknown = [path for path in paths if path not in counts]
 
     def count_or_reason(path):
         try:
@@ -428,8 +438,15 @@ def frame_counts(folder, paths):
             return error_reason(error)
 
     with ThreadPoolExecutor(8) as pool:
-        counts = tqdm(pool.map(count_or_reason, paths), "look at videos", len(paths), leave=False)
-        return dict(zip(paths, counts))
+        bar = tqdm(pool.map(count_or_reason, unknown), "look at videos", len(unknown), leave=False)
+        counts |= zip(unknown, bar)
+    if counts_file and unknown:
+        readable = {path: count for path, count in counts.items() if isinstance(count, int)}
+        content = json.dumps({"folder": root, "frames": readable}).encode()
+        with contextlib.suppress(OSError):  # of a run that another user owns
+            Path(counts_file).parent.mkdir(parents=True, exist_ok=True)
+            write_file(counts_file, lambda file: file.write(content))
+    return {path: counts[path] for path in paths}
 
 
 class Skipped:
@@ -820,15 +837,11 @@ def write_file(path, write):
     os.replace(f"{path}.tmp", path)
 
 
-def json_text(values):
-    """The text of a JSON file; nan, which JSON does not know, becomes null."""
-    return json.dumps(json.loads(json.dumps(values), parse_constant=lambda _: None), indent=1) + "\n"
-
-
 def write_json(path, values):
-    """Write a JSON file as write_file() does."""
-    text = json_text(values).encode()
-    write_file(path, lambda file: file.write(text))
+    """Write a JSON file as write_file() does; nan, which JSON does not know, becomes null."""
+    values = json.loads(json.dumps(values), parse_constant=lambda _: None)
+    text = json.dumps(values, indent=1) + "\n"
+    write_file(path, lambda file: file.write(text.encode()))
 
 
 def is_user_error(error):

@@ -932,6 +932,18 @@ def test_broken_files_are_named_and_skipped_unless_they_are_many_or_all(folder):
     raises("2 of 2 videos cannot be read", data.Skipped(videos).update, batch)
 
 
+def test_files_are_looked_at_once(folder, tmp_path, monkeypatch):
+    settings = {"video": (4, 32, 32), "counts_file": tmp_path / "run" / "frames.json"}
+    (folder / "Run" / "garbage.mp4").write_bytes(b"garbage")
+    first, opened, plain = Videos(folder, **settings), [], data.open_video
+    monkeypatch.setattr(data, "open_video", lambda path: opened.append(path.name) or plain(path))
+    assert Videos(folder, **settings).fingerprint == first.fingerprint and opened == ["garbage.mp4"]
+    write_copies(folder, ["walk/new.mp4"])
+    assert len(Videos(folder, **settings)) == 21 and opened[1:] == ["garbage.mp4", "new.mp4"]
+    moved = folder.rename(tmp_path / "moved")
+    assert len(Videos(moved, **settings)) == 21 and len(opened) == 3 + 22  # another folder: other files
+
+
 def test_a_file_that_breaks_later_is_replaced_and_named_once(folder):
     videos = Videos(folder, video=(4, 32, 32))
     (folder / "Run" / "clip 04.MP4").write_bytes(b"gone")
@@ -1154,7 +1166,7 @@ def test_ctrl_c_saves_also_if_the_screen_has_ended(tmp_path):
         wait_for(lambda: log.exists() and len(log_lines(out)) > 1)
         process.stdout.close()  # as tee does, which the same Ctrl-C ends first
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(60) == 0  # as after a pipe that ends
+        assert process.wait(60) == 1
     assert load(out)[1]["step"] == log_lines(out)[-1]["step"] >= 1
 
 
@@ -1409,9 +1421,10 @@ def several(program, count, log, *arguments, kill_when=None):
 
 
 @pytest.mark.parametrize("regime", ["simultaneous", "e2e"])
-def test_two_processes_learn_what_one_learns_also_after_resuming(tmp_path, monkeypatch, regime):
+def test_two_processes_learn_what_one_learns_also_after_resuming(folder, tmp_path, monkeypatch, regime):
     one, two, log = (tmp_path / name for name in ("one", "two", "log"))
-    settings = [*TINY_RUN, "--regime", regime, "--steps", 5, "--out"]
+    videos = ["--data", folder, "--stride", 1] if regime == "e2e" else []
+    settings = [*TINY_RUN, *videos, "--regime", regime, "--steps", 5, "--out"]
     run(train, *settings, one)
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
@@ -1794,7 +1807,8 @@ def test_a_run_on_videos_is_probed_on_its_own_videos(folder, tmp_path, capsys):
 
     def open_data(*flags, **changes):
         checkpoint = {"settings": settings | changes}
-        own = SimpleNamespace(title="mine", model=SimpleNamespace(video=(8, 16, 16)), checkpoint=checkpoint)
+        model = SimpleNamespace(video=(8, 16, 16))
+        own = SimpleNamespace(title="mine", folder=tmp_path, model=model, checkpoint=checkpoint)
         sources = probe.open_data(probe.build_parser().parse_args(["RUN", *flags]), own)
         return [source for source, _ in sources], capsys.readouterr().out
 

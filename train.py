@@ -707,7 +707,7 @@ def error_hint(config):
     try:
         yield
     except Exception as error:
-        if data.is_user_error(error) or isinstance(error, BrokenPipeError):
+        if data.is_user_error(error):
             raise
         traceback.print_exc()
         if (Path(config.out) / "last.pt").is_file():

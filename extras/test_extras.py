@@ -322,7 +322,7 @@ def test_weights_that_do_not_fit_are_named_and_wrong_calls_refused(tmp_path):
     state["blocks.0.attn.q_bias"] = state["cls_token"] = torch.zeros(24)
     sentence = import_refused(state, "--blocks", 1)
     assert "layers.0.qkv.bias" in sentence and "unknown: cls_token" in sentence
-    assert "1 layers equally" in import_refused(state, "--blocks", 2)
+    assert "1 layers cannot be cut into 2" in import_refused(state, "--blocks", 2)
     assert "no file" in refused(videomae, "import", tmp_path / "nothing", out)
     save(tmp_path / "last.pt", toy(), [], step=0, settings={})
     assert "no block 3" in refused(videomae, "export", tmp_path, out, "--until", 3)
