@@ -5,7 +5,6 @@ First the ten that the rest is built on; then the other ones, in the order of th
 
 import faulthandler
 import functools
-import hashlib
 import inspect
 import io
 import itertools
@@ -453,25 +452,6 @@ def test_generated_clips_by_seed_split_and_index_with_balanced_labels():
     assert len(combinations) == 288 == math.prod(map(len, a.labels.values()))
 
 
-def test_motion_shows_in_several_frames_only():
-    scenes = Scenes("train", video=(16, 16, 16))
-    motion = torch.tensor([scenes.targets(index)[3] for index in range(2016)])
-    videos = np.stack([scenes.read(index) for index in range(2016)]).astype(np.float32) / 255
-
-    def accuracy(x):  # ridge regression onto the classes, on random features of the pixels
-        x = torch.from_numpy(x.reshape(len(x), -1))
-        generator = torch.Generator().manual_seed(0)
-        x = torch.relu((x - x[:1500].mean(0)) @ torch.randn(x.shape[1], 400, generator=generator))
-        x = (x - x[:1500].mean(0)) / x[:1500].std(0)
-        onto = F.one_hot(motion[:1500], 8).float() - 1 / 8
-        weight = torch.linalg.solve(x[:1500].T @ x[:1500] + 300 * torch.eye(400), x[:1500].T @ onto)
-        return ((x[1500:] @ weight).argmax(1) == motion[1500:]).float().mean().item()
-
-    limit = 1 / 8 + 0.05  # 516 test clips: sd of chance is .015
-    assert all(accuracy(videos[:, t]) < limit for t in (0, 8, 15))
-    assert accuracy(np.diff(videos[:, ::5], axis=1)) > limit
-
-
 # ---- data.py: video files ----
 
 
@@ -891,19 +871,6 @@ def test_videos_that_reading_finds_too_short_are_not_broken(folder):
         assert skipped.update(batch) == [] and len(batch["index"]) == 20
 
 
-def test_names_that_are_no_text(tmp_path):
-    names = [os.fsdecode(name) for name in (b"caf\xe9/\xff\xfe.mkv", "ordinary ü.mkv".encode())]
-    write_copies(tmp_path / "a", names, format="matroska")  # without an index
-    videos = Videos(tmp_path / "a", video=(4, 16, 16))
-    assert [videos.name(index) for index in range(2)] == names
-    assert all(videos.read(index).shape == (4, 16, 16, 3) for index in range(2))
-    (tmp_path / "list.txt").write_bytes(b"caf\xe9/\xff\xfe.mkv na\xefve\n")
-    videos = Videos(tmp_path / "a", list_file=tmp_path / "list.txt", video=(4, 16, 16))
-    assert videos.classes == ("na\udcefve",)
-    videos = Videos(tmp_path / "a", list_file=listed(tmp_path, "ordinary ü.mkv"), video=(4, 16, 16))
-    assert videos.fingerprint == hashlib.sha256("ordinary ü.mkv".encode()).hexdigest()
-
-
 def test_links_to_folders_are_followed_once(folder, tmp_path):
     elsewhere = write_copies(tmp_path / "elsewhere", ["deep/far.mp4"])
     (folder / "jump").symlink_to(elsewhere)
@@ -1295,22 +1262,17 @@ def test_a_target_of_ones_own_changes_the_objective(monkeypatch):
     assert blockwise.objective() != before
 
 
+class Flat:
+    """A source of clips of ones own, of one grey each."""
+
+    labels, fingerprint = {"half": ("dark", "bright")}, "flat"
+    __len__ = lambda self: 12
+    name = lambda self, index: f"clip {index}"
+    targets = lambda self, index: (index % 2,)
+    read = lambda self, index, rng=None: np.full((8, 16, 16, 3), 99 * (index % 2), np.uint8)
+
+
 def test_clips_and_a_step_of_ones_own(tmp_path):
-    class Noise:
-        labels, fingerprint = {"class": ("noise",)}, "noise"
-
-        def __len__(self):
-            return 6
-
-        def name(self, index):
-            return f"noise {index}"
-
-        def targets(self, index):
-            return (0,)
-
-        def read(self, index, rng=None):
-            return np.random.default_rng(index).integers(256, size=(8, 16, 16, 3), dtype=np.uint8)
-
     def step_function(*arguments, config, step, steps, **settings):
         calls.append((step, steps, config.batch))
         return train_step(*arguments, **settings)
@@ -1318,11 +1280,11 @@ def test_clips_and_a_step_of_ones_own(tmp_path):
     calls, out = [], tmp_path / "run"
     settings = [*TINY_RUN, "--steps", "3", "--out"]
     with suppress(SystemExit):
-        train.main([*settings, str(out)], source=Noise(), step_function=step_function)
+        train.main([*settings, str(out)], source=Flat(), step_function=step_function)
     assert (
         calls == [(0, 3, 4), (1, 3, 4), (2, 3, 4)] and log_lines(out)[-1]["eval_clips"] == "2 training clips"
     )
-    assert "was trained on clips of its own source, Noise" in refused(probe, out)
+    assert "was trained on clips of its own source, Flat" in refused(probe, out)
 
 
 def test_every_setting_is_a_flag_that_is_used():
@@ -1461,18 +1423,6 @@ def clusters(count=300, classes=5, width=12, noise=1.5, seed=0):
     centres = 3 * torch.randn(classes, width, generator=generator)
     scale = torch.logspace(-2, 2, width)  # features of very different size
     return (centres[y] + noise * torch.randn(count, width, generator=generator)) * scale, y
-
-
-def test_linear_probe_is_the_optimum_of_its_objective():
-    x, y = clusters(noise=6.0)
-    probabilities = probe.logistic_probe(x, y, x)
-    z = (x.double() - x.double().mean(0)) / x.double().std(0, unbiased=False)
-    rest = F.one_hot(y).double() - probabilities
-    # At the optimum W = C * X'(Y - P): so the logits of the probabilities are linear with just those weights.
-    logits = z @ z.T @ rest
-    off = (logits - logits[:, :1]) - (probabilities.log() - probabilities.log()[:, :1])
-    assert (off - off.mean(0)).abs().max() < 1e-4
-    assert rest.sum(0).abs().max() < 1e-4  # intercept is free
 
 
 def test_linear_probe_with_constant_missing_and_infinite_values():
@@ -1770,15 +1720,8 @@ def test_features_file(three_runs, tmp_path):
 def test_probe_takes_clips_of_ones_own(three_runs, monkeypatch):
     monkeypatch.setattr(probe, "logistic_probe", nearest_mean)
 
-    class Noise:
-        labels, fingerprint = {"half": ("dark", "bright")}, "noise"
-        __len__ = lambda self: 12
-        name = lambda self, index: f"noise {index}"
-        targets = lambda self, index: (index % 2,)
-        read = lambda self, index, rng=None: np.full((8, 16, 16, 3), 99 * (index % 2), np.uint8)
-
     with redirect_stdout(io.StringIO()) as text:
-        probe.main([str(three_runs / "sim-2"), "--workers", "0"], sources=[(Noise(), range(12))])
+        probe.main([str(three_runs / "sim-2"), "--workers", "0"], sources=[(Flat(), range(12))])
     assert "8 clips to fit, 4 to test, folds: 3" in text.getvalue()
     assert re.search("^raw pixels: middle frame +1.000 ", text.getvalue(), re.MULTILINE)
 
@@ -1916,21 +1859,6 @@ def test_runs_share_all_settings_that_change_weights():
     compared = {"regime", "blocks", "seed"}
     names = {field.name for field in fields(train.Config)}
     assert names == set(analyze.RECIPE) | shape | elsewhere | compared
-
-
-def test_tables_have_columns_of_encoder_layers(capsys):
-    runs = {}
-    for K in (2, 4):
-        values = np.arange(1, K + 1) * 12 / K  # the layer itself
-        values = {"accuracy": values.tolist(), "linear CKA": np.add.outer(values / 100, values).tolist()}
-        runs[f"K{K}"] = {"group": f"K{K}", "K": K, "depth": 12, "values": values}
-    analyze.print_tables({"runs": runs, "untrained": {}, "chance": {"accuracy": 0.5}})
-    lines = [
-        line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("K", "chance"))
-    ]
-    assert lines[0] == ["chance", *["0.500"] * 4]
-    assert lines[1:3] == [["K2", "-", "6.000", "-", "12.000"], ["K4", "3.000", "6.000", "9.000", "12.000"]]
-    assert lines[3:] == [["K2", "-", "-", "-", "12.060"], ["K4", "-", "6.030", "9.060", "12.090"]]
 
 
 # ---- README.md ----
